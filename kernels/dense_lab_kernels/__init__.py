@@ -1,0 +1,20 @@
+"""Operations of state-space language models: one folder each, a readable reference, fast implementations beside it.
+
+Every operation takes and returns its recurrent state explicitly and accepts `impl=`; see `_dispatch` for who runs when.
+"""
+
+from dense_lab_kernels._dispatch import ImplementationError, recording, using
+from dense_lab_kernels.causal_conv1d import causal_conv1d
+from dense_lab_kernels.decay_attention import decay_attention
+from dense_lab_kernels.dense_fuse import dense_fuse
+from dense_lab_kernels.selective_scan import selective_scan
+
+__all__ = [
+    "ImplementationError",
+    "causal_conv1d",
+    "decay_attention",
+    "dense_fuse",
+    "recording",
+    "selective_scan",
+    "using",
+]

@@ -1,0 +1,101 @@
+"""Who computes an operation: explicit, recorded, never a silent fallback.
+
+The name of an operation fixes its mathematics. An *implementation* ("reference", "chunked", "numba", "triton", ...) only
+says who computes it. Each operation calls `choose` once per call with what every implementation has to say about the
+arguments at hand: `None` if it can run, else the sentence that says why not.
+
+Precedence: the `impl=` argument, then the innermost `using(...)` block, then "auto".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+AUTO = "auto"
+
+_requested: ContextVar[Mapping[str, str]] = ContextVar("dense_lab_kernels_requested", default={})
+_log: ContextVar[dict[str, str] | None] = ContextVar("dense_lab_kernels_log", default=None)
+
+
+class ImplementationError(ValueError):
+    """The implementation asked for cannot run these arguments here; the message says which can."""
+
+
+def choose(operation: str, impl: str, verdicts: Mapping[str, str | None]) -> str:
+    """Name of the implementation to run.
+
+    `verdicts` maps every implementation, best first, to None (it can run these arguments) or the reason why it cannot.
+
+    Raises ImplementationError when the one asked for is unknown or cannot run, or when none can.
+    """
+    wanted = requested(operation, impl)
+    if wanted == AUTO:
+        wanted = next((name for name, reason in verdicts.items() if reason is None), AUTO)
+    if verdicts.get(wanted, "unknown") is not None:
+        raise ImplementationError(_explain(operation, wanted, verdicts))
+    log = _log.get()
+    if log is not None:
+        log[operation] = wanted
+    return wanted
+
+
+def requested(operation: str, impl: str) -> str:
+    """The implementation that the call, else the innermost `using(...)` block, asks for; else "auto"."""
+    return impl if impl != AUTO else _requested.get().get(operation, AUTO)
+
+
+def triton_verdict(operation: str, impl: str, device: torch.device, *args: Any, **kwargs: Any) -> str | None:
+    """Why the operation's Triton kernels cannot run these (validated) arguments, or None when they can.
+
+    Triton is imported only for tensors on a GPU, or when it is asked for by name under TRITON_INTERPRET=1 (tests).
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and requested(operation, impl) == "triton"
+    if device.type != "cuda" and not interpreted:
+        return f"tensors are on {device.type}"
+    name = f"dense_lab_kernels.{operation}.triton"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "triton is not installed"
+        if error.name == name:
+            return "this operation has no Triton kernel"
+        raise
+    return module.unsupported(*args, **kwargs)
+
+
+def _explain(operation: str, wanted: str, verdicts: Mapping[str, str | None]) -> str:
+    runnable = [name for name, reason in verdicts.items() if reason is None]
+    if wanted == AUTO:
+        why = "; ".join(f"{name}: {reason}" for name, reason in verdicts.items())
+        return f"{operation}: no implementation can run these arguments ({why})"
+    reason = verdicts.get(wanted) or f"unknown; there are {', '.join(verdicts)}"
+    return f"{operation}: impl={wanted!r} cannot run here: {reason}. These can: auto, {', '.join(runnable)}"
+
+
+@contextlib.contextmanager
+def using(implementations: Mapping[str, str]) -> Iterator[None]:
+    """Within the block, calls with impl="auto" use `{operation: implementation}` instead of choosing."""
+    token = _requested.set({**_requested.get(), **implementations})
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[str, str]]:
+    """Yield a dictionary that fills with `{operation: implementation that ran}` for the calls made within the block."""
+    log: dict[str, str] = {}
+    token = _log.set(log)
+    try:
+        yield log
+    finally:
+        _log.reset(token)

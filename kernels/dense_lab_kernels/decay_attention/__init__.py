@@ -1,0 +1,81 @@
+"""Decay attention: a matrix state per head that fades by a scalar and takes one outer product per token.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T        o_t = q_t^T S_t
+
+With a constant decay per head it is retention (Sun et al. 2023, arXiv 2307.08621, eq. 6); with a decay per token it is
+Mamba-2's SSD (Dao and Gu 2024, arXiv 2405.21060, section 6) and simple gated linear attention; with g = 0 it is plain
+linear attention. There is no scale and no normaliser: callers fold them into q, k or what follows.
+
+Letters: B batch, T tokens, H heads, G groups of heads that share q and k, K key size, V value size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dense_lab_kernels._checks import Arguments
+from dense_lab_kernels._dispatch import choose, triton_verdict
+from dense_lab_kernels.decay_attention import chunked, reference
+
+__all__ = ["DecayAttentionOutput", "decay_attention"]
+
+_OPERATION = "decay_attention"
+
+
+class DecayAttentionOutput(NamedTuple):
+    """`output` [B, T, H, V] in v's dtype; `final_state` [B, H, K, V] in float32 (float64 for float64 inputs)."""
+
+    output: Tensor
+    final_state: Tensor
+
+
+def decay_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    impl: str = "auto",
+) -> DecayAttentionOutput:
+    """Mix values over time: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = q_t^T S_t.
+
+    q, k: [B, T, G, K] with G dividing H; head h reads group h // (H / G). G = H is the usual case.
+    v: [B, T, H, V]. The dtypes of q, k, v and log_decay may differ, except that float64 does not mix.
+    log_decay: g <= 0, natural logarithm: [H] (constant over time) or [B, T, H]. Positive values are not refused but grow.
+    initial_state: [B, H, K, V]; None means zeros.
+    impl: "auto", "triton" (GPU), "chunked" (matrix form in torch, any device) or "reference" (token by token).
+
+    Differentiable with respect to every tensor; gradients flow from both results.
+    Raises ValueError for shapes, dtypes or devices that do not fit; ImplementationError for an impl that cannot run.
+    """
+    _check(q, k, v, log_decay, initial_state)
+    arguments = (q, k, v, log_decay)
+    verdicts = {
+        "triton": triton_verdict(_OPERATION, impl, v.device, *arguments, initial_state=initial_state),
+        "chunked": None,
+        "reference": None,
+    }
+    match choose(_OPERATION, impl, verdicts):
+        case "triton":
+            from dense_lab_kernels.decay_attention import triton
+
+            run = triton.decay_attention
+        case "chunked":
+            run = chunked.decay_attention
+        case _:
+            run = reference.decay_attention
+    return DecayAttentionOutput(*run(*arguments, initial_state=initial_state))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> None:
+    given = Arguments(_OPERATION)
+    given.shape("q", q, "B T G K")
+    given.shape("k", k, "B T G K")
+    given.shape("v", v, "B T H V")
+    given.positive("B T G H K V")
+    given.divides("G", "H", "heads share q and k in equal groups")
+    given.shape("log_decay", log_decay, "H" if getattr(log_decay, "ndim", 0) == 1 else "B T H")
+    given.optional("initial_state", initial_state, "B H K V")
