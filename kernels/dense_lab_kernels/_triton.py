@@ -1,0 +1,92 @@
+"""What the Triton implementations share: where they can run, compiling several kernels at once, the sm_90 contract.
+
+The contract, which `tests/kernels/test_sm90.py` holds every operation to on machines without a GPU: a `triton.py` module
+exposes `sm90_cases() -> Iterator[Sm90Case]`, one case for every kernel and every choice its launch rules can make (dtype,
+tile sizes, feature flags, warps, stages; the choices that matter, not their whole product). Each case is compiled for
+sm_90; its registers, spills and shared memory are held to `tests/kernels/sm90_resources.json` (`UPDATE_SM90=1` rewrites
+the table), and `wgmma` must be in the PTX where `needs_wgmma` says so. Names are unique within an operation, and stable.
+
+Triton's interpreter (`TRITON_INTERPRET=1`, set before triton is imported) runs the same kernels on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED_PROCESSORS = 2  # few, so that tiny test shapes still walk the loops of persistent programs
+
+
+class Sm90Case(NamedTuple):
+    """One kernel with one set of launch choices, as the compiler sees it.
+
+    `signature` maps every argument that is no constexpr, in order, to its Triton type: "*bf16", "i32", "fp32"; a tuple of
+    types for a tuple argument. The suffix ":16" promises divisibility by 16, as launches find it for aligned pointers and
+    sizes; without it loads are narrow. `constexprs` maps the remaining arguments to their values.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, Any]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    needs_wgmma: bool = False
+
+
+class Launch(NamedTuple):
+    """A launch to compile: positional arguments (tensors, or torch dtypes in their place) and keyword options."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
+
+
+_compiled: set[Hashable] = set()
+_compiling = threading.Lock()
+
+
+def compile_once(key: Hashable, launches: Callable[[], Iterable[Launch]]) -> None:
+    """Compile `launches()` in parallel threads, the first time this process meets `key`.
+
+    Triton releases the interpreter lock in its passes and in ptxas, so that an operation with forward and backward
+    kernels is ready in the time of its slowest one. Does nothing in Triton's interpreter.
+    """
+    if INTERPRETED or key in _compiled:
+        return
+    with _compiling:
+        if key in _compiled:
+            return
+        device = torch.cuda.current_device()
+
+        def compile_one(launch: Launch) -> None:
+            with torch.cuda.device(device):
+                launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(compile_one, launches()))
+        _compiled.add(key)
+
+
+def unsupported_place(tensor: torch.Tensor) -> str | None:
+    """Why Triton cannot run where `tensor` lives, or None."""
+    if tensor.is_cuda or INTERPRETED:
+        return None
+    return f"needs CUDA tensors, got {tensor.device.type}"
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of `device`, which launch rules divide the work among."""
+    return INTERPRETED_PROCESSORS if INTERPRETED else _processors(device.index)
+
+
+@functools.cache
+def _processors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
