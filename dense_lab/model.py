@@ -1,0 +1,265 @@
+"""The language model: the only place where core, transition, fusion and pattern meet.
+
+Letters: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from dense_lab import registry as registries
+from dense_lab.components import CoreSlot, FFNSlot, Spec
+from dense_lab.corpus import IGNORED
+from dense_lab.dense import DenseConnection, DenseSpec
+from dense_lab.errors import InputError
+from dense_lab.modules import CoreModule, State, Streams
+from dense_lab.units import Count, Fraction, Positive
+
+
+class BlockSpec(Spec):
+    """One kind of block within `blocks:`, for models whose layers are not alike."""
+
+    core: CoreSlot
+    """The sequence mixer."""
+    dense: DenseSpec | None = None
+    """Overrides the model's dense connection."""
+    ffn: FFNSlot | None = None
+    """Overrides the model's feed-forward layer."""
+    repeat: Count = 1
+    """How many such blocks follow each other."""
+
+
+class ModelSpec(Spec):
+    """A language model: token embedding, `depth` pre-norm residual blocks, final norm, head."""
+
+    width: Count = 128
+    """Width of the residual stream."""
+    depth: Count = 4
+    """Number of blocks."""
+    core: CoreSlot = "retnet"  # type: ignore[assignment]
+    """Sequence mixer of every block."""
+    dense: DenseSpec = "none"  # type: ignore[assignment]
+    """Dense hidden connections between the blocks."""
+    ffn: FFNSlot = "none"  # type: ignore[assignment]
+    """Feed-forward layer behind every core."""
+    blocks: tuple[BlockSpec, ...] | None = None
+    """Instead of `core` and `depth`: a list of blocks, for hybrids."""
+    head: Literal["tied", "untied"] = "tied"
+    """Whether the output layer shares the embedding's weights."""
+    norm_eps: Positive = 1e-6
+    """Epsilon of every RMSNorm on the residual stream and behind fusions."""
+    dropout: Fraction = 0.0
+    """On the output of every core and feed-forward layer, in training."""
+    init: Literal["fan_in", "normal"] = "fan_in"
+    """Linear weights: N(0, 1/fan_in), those that write to the residual stream divided by sqrt(number of writers)
+    (GPT-2, section 2.3); or N(0, 0.02) for all, as in the official DenseSSM code. Embeddings are N(0, 0.02)."""
+
+    @model_validator(mode="after")
+    def _blocks_or_core(self) -> ModelSpec:
+        if self.blocks is not None and self.model_fields_set & {"core", "depth"}:
+            raise ValueError("`blocks` lists cores and their number: leave out `core` and `depth`")
+        return self
+
+    def layers(self) -> list[BlockSpec]:
+        """One spec for each block, repeats written out."""
+        blocks = self.blocks or (BlockSpec(core=self.core, repeat=self.depth),)
+        return [block for block in blocks for _ in range(block.repeat)]
+
+    def build(self, vocab_size: int) -> LanguageModel:
+        """The module, with uninitialised weights under `torch.device("meta")`; raises InputError when sizes clash."""
+        return LanguageModel(self, vocab_size)
+
+
+class Block(nn.Module):
+    """x + core(norm(x)), then x + ffn(norm(x)); dense connections act between the two halves of the core."""
+
+    def __init__(self, spec: BlockSpec, model: ModelSpec):
+        super().__init__()
+        self.norm = nn.RMSNorm(model.width, model.norm_eps)
+        self.core: CoreModule = spec.core.build(model.width)
+        self.dense = nn.ModuleDict()
+        self.reads: dict[str, tuple[int, ...]] = {}
+        """Layers that each site reads, nearest first; sites that read nothing are absent."""
+        self.dropout = nn.Dropout(model.dropout)
+        ffn = (spec.ffn or model.ffn).build(model.width)
+        self.ffn = ffn
+        self.ffn_norm = nn.RMSNorm(model.width, model.norm_eps) if ffn is not None else None
+
+    def forward(self, x: Tensor, state: State, history: list[Streams]) -> tuple[Tensor, State, Streams]:
+        """x [B, T, width] -> (x, state, the raw streams of this layer)."""
+        h = self.norm(x)
+        streams, state = self.core.project(h, state)
+        raw = streams
+        if self.reads:
+            streams = dict(streams)
+            for site, layers in self.reads.items():
+                streams[site] = self.dense[site](h, raw[site], [history[layer][site] for layer in layers])
+        y, state = self.core.mix(streams, state)
+        x = x + self.dropout(y)
+        if self.ffn is not None and self.ffn_norm is not None:
+            x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return x, state, raw
+
+
+class LanguageModelOutput(NamedTuple):
+    """What a pass gives."""
+
+    logits: Tensor
+    """[B, T, V]."""
+    state: tuple[State, ...]
+    """One core state for each block, to be handed to the next piece."""
+
+
+class LanguageModel(nn.Module):
+    """Token embedding, blocks, norm, head. `model(ids) -> logits [B, T, V]`; `model.step` decodes."""
+
+    def __init__(self, spec: ModelSpec, vocab_size: int):
+        super().__init__()
+        self.spec, self.vocab_size = spec, vocab_size
+        self.kernels: Mapping[str, str] = {}
+        """Implementations asked for by operation; empty means "auto" everywhere."""
+        self.embedding = nn.Embedding(vocab_size, spec.width)
+        layers = spec.layers()
+        self.blocks = nn.ModuleList(Block(layer, spec) for layer in layers)
+        for index, layer in enumerate(layers):
+            self._connect(index, layer.dense or spec.dense)
+        self.norm = nn.RMSNorm(spec.width, spec.norm_eps)
+        self.head = nn.Linear(spec.width, vocab_size, bias=False)
+        if spec.head == "tied":
+            self.head.weight = self.embedding.weight
+        self._kept = {layer for block in self.blocks for layers in block.reads.values() for layer in layers}
+
+    def _connect(self, index: int, dense: DenseSpec) -> None:
+        """Give block `index` its dense connections."""
+        if dense.span == 0:
+            return
+        block = self.blocks[index]
+        widths = [{stream.name: stream.width for stream in b.core.streams if stream.dense} for b in self.blocks]
+        for site in dense.chosen_sites(block.core.streams):
+            layers = tuple(i for i in dense.pattern.layers(index, dense.span) if site.name in widths[i])
+            sources = [widths[i][site.name] for i in layers]
+            if layers:
+                block.reads[site.name] = layers
+            elif dense.owners == "every":
+                sources = [site.width]
+            else:
+                continue
+            connection = DenseConnection(dense, self.spec.width, site.width, sources, self.spec.norm_eps)
+            block.dense[site.name] = connection
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits [B, T, V] of input_ids [B, T], from the zero state."""
+        return self.run(input_ids).logits
+
+    def run(self, input_ids: Tensor, state: tuple[State, ...] | None = None) -> LanguageModelOutput:
+        """A pass over a piece [B, T] that follows `state`; the first piece has none."""
+        x, state = self.features(input_ids, state)
+        return LanguageModelOutput(self.head(x), state)
+
+    def step(self, token: Tensor, state: tuple[State, ...] | None = None) -> LanguageModelOutput:
+        """One token [B] -> logits [B, V] and the next state: decoding."""
+        logits, state = self.run(token[:, None], state)
+        return LanguageModelOutput(logits[:, 0], state)
+
+    def features(self, input_ids: Tensor, state: tuple[State, ...] | None = None) -> tuple[Tensor, tuple[State, ...]]:
+        """Normalised hidden states [B, T, width] that the head reads, and the state."""
+        x = self.embedding(input_ids)
+        history: list[Streams] = []
+        after = []
+        with registries.default().kernel_session(self.kernels) as self.ran:
+            for index, block in enumerate(self.blocks):
+                x, core_state, raw = block(x, state[index] if state else None, history)
+                history.append(raw if index in self._kept else {})
+                after.append(core_state)
+        return self.norm(x), tuple(after)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per scored position; targets [B, T], IGNORED where nothing is scored."""
+        logits = self.head(self.features(inputs)[0])
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+
+    def initialise(self, seed: int) -> LanguageModel:
+        """Draw every weight from a generator of its own, seeded by (seed, name of the module).
+
+        Two models that share a module by name and shape so start from the same weights there, whatever else differs:
+        embeddings, heads and plain parts of paired arms are identical.
+        """
+        writers = sum(2 if block.ffn is not None else 1 for block in self.blocks)
+        with torch.random.fork_rng(devices=[]):
+            for name, module in _children_first(self):
+                torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1)
+                _initialise(module, self.spec.init, writers)
+        return self
+
+
+def _children_first(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        yield from _children_first(child, f"{prefix}{name}.")
+    yield prefix, module
+
+
+def _initialise(module: nn.Module, scheme: str, writers: int) -> None:
+    if isinstance(module, nn.Linear):
+        std = module.in_features**-0.5 if scheme == "fan_in" else 0.02
+        if scheme == "fan_in" and getattr(module, "writes_residual", False):
+            std /= writers**0.5
+        nn.init.normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    elif callable(reset := getattr(module, "reset_parameters", None)):
+        # After its children, so that a core may set a linear map of its own (Mamba's dt projection).
+        reset()
+
+
+class Counts(NamedTuple):
+    """Sizes of a model; measured on the meta device, except FLOPs, a formula."""
+
+    parameters: int
+    """All trainable numbers, tied ones once."""
+    embedding_parameters: int
+    """Embedding and untied head."""
+    flops_per_token: float
+    """Forward pass: 2 per weight of every linear map, plus each core's recurrence (Kaplan et al. 2020, table 1)."""
+    state_bytes: int
+    """Recurrent state of one sequence in fp32, measured from the state itself; the token counter is left out."""
+
+
+def count(spec: ModelSpec, vocab_size: int) -> Counts:
+    """Sizes of the model that `spec` describes, without allocating it."""
+    with torch.device("meta"):
+        model = spec.build(vocab_size)
+        state = model.run(torch.zeros(1, 1, dtype=torch.long)).state
+    parameters = sum(p.numel() for p in model.parameters())
+    outside = model.embedding.weight.numel() * (1 if spec.head == "tied" else 2)
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    mixing = sum(block.core.mixing_flops() for block in model.blocks)
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
+    state_bytes = sum(leaf.numel() * leaf.element_size() for leaf in tensors if leaf.is_floating_point())
+    return Counts(parameters, outside, 2 * linear + mixing, state_bytes)
+
+
+def check_sizes(spec: ModelSpec, vocab_size: int) -> None:
+    """Raise InputError, with the sentence of the component concerned, when the model cannot be built."""
+    try:
+        with torch.device("meta"):
+            spec.build(vocab_size)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"model: {error}") from error
+
+
+def parameter_report(model: LanguageModel) -> dict[str, Any]:
+    """Number of parameters by part: embedding, core, dense, ffn, norm, head."""
+    parts = dict.fromkeys(("embedding", "core", "dense", "ffn", "norm", "head"), 0)
+    for name, parameter in model.named_parameters():
+        words = name.split(".")
+        part = words[2] if words[0] == "blocks" else words[0]
+        parts[part if part in parts else "norm"] += parameter.numel()
+    return parts

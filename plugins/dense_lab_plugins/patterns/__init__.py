@@ -1,0 +1,1 @@
+"""Built-in patterns: which earlier layers a layer reads."""

@@ -1,0 +1,1 @@
+"""Built-in projections of source streams."""
