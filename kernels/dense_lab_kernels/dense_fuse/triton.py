@@ -1,0 +1,323 @@
+"""Dense fusion in one pass forward and one pass backward (Triton).
+
+The forward keeps one number per row (1 / rms); the backward reads its inputs again and recomputes the rest. A program owns
+whole rows. The backward is persistent: each program walks over many rows and holds its share of the weight's gradient in
+registers; a second, small reduction adds the shares, so that the result does not depend on scheduling.
+
+Letters: W width, m sources. With one gate for all sources their gradients are equal: one tensor is written and returned
+for all of them; without a gate it is the gradient of `own` itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, processors, unsupported_place
+
+__all__ = ["dense_fuse", "sm90_cases", "unsupported"]
+
+_WIDEST = 32768  # one row must fit in the registers of one program
+_MOST_SOURCES = 16  # the kernels are unrolled over the sources
+
+
+@triton.jit
+def _read(pointer, stride, row, column, mask):
+    return tl.load(pointer + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(pointer, width, row, column, mask, value):
+    tl.store(pointer + row[:, None] * width + column[None, :], value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _activate(gate, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        gate = gate * tl.sigmoid(gate)
+    elif ACTIVATION == "sigmoid":
+        gate = tl.sigmoid(gate)
+    return gate
+
+
+@triton.jit
+def _activate_slope(gate, ACTIVATION: tl.constexpr):
+    """The activation and its derivative."""
+    value = gate
+    slope = tl.full(gate.shape, 1.0, tl.float32)
+    if ACTIVATION == "silu":
+        open_ = tl.sigmoid(gate)
+        value = gate * open_
+        slope = open_ + value * (1.0 - open_)
+    elif ACTIVATION == "sigmoid":
+        value = tl.sigmoid(gate)
+        slope = value * (1.0 - value)
+    return value, slope
+
+
+@triton.jit
+def _forward(
+    own,
+    sources,  # m pointers
+    gates,  # 0, 1 or m pointers
+    weight,
+    out,
+    inverse_rms,  # [rows], fp32
+    own_stride,
+    source_strides,
+    gate_strides,
+    rows,
+    width,
+    eps,
+    GATES: tl.constexpr,  # "none", "shared" or "each"
+    ACTIVATION: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_WIDTH)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    fused = _read(own, own_stride, row, column, mask)
+    if GATES == "each":
+        for i in tl.static_range(len(sources)):
+            gate = _activate(_read(gates[i], gate_strides[i], row, column, mask), ACTIVATION)
+            fused += gate * _read(sources[i], source_strides[i], row, column, mask)
+    else:
+        total = _read(sources[0], source_strides[0], row, column, mask)
+        for i in tl.static_range(1, len(sources)):
+            total += _read(sources[i], source_strides[i], row, column, mask)
+        if GATES == "shared":
+            total *= _activate(_read(gates[0], gate_strides[0], row, column, mask), ACTIVATION)
+        fused += total
+    if NORM:
+        inverse = 1.0 / tl.sqrt(tl.sum(fused * fused, axis=1) / width + eps)
+        tl.store(inverse_rms + row, inverse, mask=row < rows)
+        scale = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+        fused = fused * inverse[:, None] * scale[None, :]
+    _write(out, width, row, column, mask, fused)
+
+
+@triton.jit
+def _backward(
+    grad,
+    own,
+    sources,
+    gates,
+    weight,
+    inverse_rms,
+    d_own,  # written only with NORM; without it, it is grad
+    d_sources,  # 0 (no gate), 1 (shared gate) or m pointers
+    d_gates,
+    d_weight,  # [programs, W], fp32: each program's share
+    grad_stride,
+    own_stride,
+    source_strides,
+    gate_strides,
+    rows,
+    width,
+    GATES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK_WIDTH)
+    inside = column < width
+    share = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
+    scale = tl.zeros([BLOCK_WIDTH], tl.float32)
+    if NORM:
+        scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        mask = (row < rows)[:, None] & inside[None, :]
+        d_fused = _read(grad, grad_stride, row, column, mask)
+        total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
+        gate = total
+        slope = total
+        if GATES == "shared":
+            gate, slope = _activate_slope(_read(gates[0], gate_strides[0], row, column, mask), ACTIVATION)
+        if GATES == "shared" or (GATES == "none" and NORM):
+            for i in tl.static_range(len(sources)):
+                total += _read(sources[i], source_strides[i], row, column, mask)
+        if NORM:
+            normed = _read(own, own_stride, row, column, mask)
+            if GATES == "shared":
+                normed += gate * total
+            elif GATES == "none":
+                normed += total
+            else:
+                for i in tl.static_range(len(sources)):
+                    each = _activate(_read(gates[i], gate_strides[i], row, column, mask), ACTIVATION)
+                    normed += each * _read(sources[i], source_strides[i], row, column, mask)
+            inverse = tl.load(inverse_rms + row, mask=row < rows, other=0.0)[:, None]
+            normed *= inverse
+            share += d_fused * normed
+            d_normed = d_fused * scale[None, :]
+            along = tl.sum(d_normed * normed, axis=1) / width
+            d_fused = (d_normed - normed * along[:, None]) * inverse
+            _write(d_own, width, row, column, mask, d_fused)
+        if GATES == "shared":
+            _write(d_sources[0], width, row, column, mask, d_fused * gate)
+            _write(d_gates[0], width, row, column, mask, d_fused * total * slope)
+        if GATES == "each":
+            # Read a second time (from cache) rather than hold 2 m tiles in registers.
+            for i in tl.static_range(len(sources)):
+                source = _read(sources[i], source_strides[i], row, column, mask)
+                each, each_slope = _activate_slope(_read(gates[i], gate_strides[i], row, column, mask), ACTIVATION)
+                _write(d_sources[i], width, row, column, mask, d_fused * each)
+                _write(d_gates[i], width, row, column, mask, d_fused * source * each_slope)
+    if NORM:
+        tl.store(d_weight + tl.program_id(0).to(tl.int64) * width + column, tl.sum(share, axis=0), mask=inside)
+
+
+class _Blocks(NamedTuple):
+    """Launch choices of one kernel."""
+
+    rows: int
+    width: int
+    warps: int
+    stages: int = 1
+    programs: int = 0  # per processor; 0: one program per block of rows
+
+
+def _forward_blocks(width: int) -> _Blocks:
+    """16 elements of a row block per thread: two 16-byte loads of bf16 from every stream in flight."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, 2048 // block)
+    return _Blocks(rows, block, warps=min(16, max(4, rows * block // 512)))
+
+
+def _backward_blocks(width: int) -> _Blocks:
+    """As forward; as many programs as fit a processor's registers, so that few shares remain to be added."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, 2048 // block)
+    warps = min(16, max(4, rows * block // 512))
+    return _Blocks(rows, block, warps, programs=max(1, 16 // warps))
+
+
+class _Problem(NamedTuple):
+    """What the kernels are specialised for, and the streams as matrices of rows."""
+
+    own: Tensor
+    sources: tuple[Tensor, ...]
+    gates: tuple[Tensor, ...]
+    weight: Tensor | None
+    activation: str
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        kind = "none" if not self.gates else "shared" if len(self.gates) == 1 else "each"
+        return {"GATES": kind, "ACTIVATION": self.activation, "NORM": self.weight is not None}
+
+    @property
+    def strides(self) -> tuple[Any, ...]:
+        return (
+            self.own.stride(0),
+            tuple(t.stride(0) for t in self.sources),
+            tuple(t.stride(0) for t in self.gates),
+            *self.own.shape,
+        )
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """[..., W] as [rows, W] with neighbouring columns; a half of a split needs no copy."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _problem(
+    own: Tensor, sources: Sequence[Tensor], gates: Sequence[Tensor], weight: Tensor | None, activation: str
+) -> _Problem:
+    return _Problem(
+        _as_rows(own),
+        tuple(map(_as_rows, sources)),
+        tuple(map(_as_rows, gates)),
+        None if weight is None else weight.contiguous(),
+        activation,
+    )
+
+
+def _forward_launch(problem: _Problem, out: Any, inverse_rms: Any, eps: float) -> Launch:
+    own, sources, gates, weight, _ = problem
+    blocks = _forward_blocks(own.shape[1])
+    arguments = (own, sources, gates, weight, out, inverse_rms, *problem.strides, eps)
+    options = {"BLOCK_ROWS": blocks.rows, "BLOCK_WIDTH": blocks.width, "num_warps": blocks.warps}
+    return Launch(_forward, arguments, {**problem.flags, **options})
+
+
+def _backward_launch(problem: _Problem, grad: Any, inverse_rms: Any, results: tuple[Any, ...]) -> Launch:
+    own, sources, gates, weight, _ = problem
+    blocks = _backward_blocks(own.shape[1])
+    stride = grad.stride(0) if isinstance(grad, Tensor) else own.shape[1]
+    arguments = (grad, own, sources, gates, weight, inverse_rms, *results, stride, *problem.strides)
+    options = {
+        "BLOCK_ROWS": blocks.rows,
+        "BLOCK_WIDTH": blocks.width,
+        "STAGES": blocks.stages,
+        "num_warps": blocks.warps,
+    }
+    return Launch(_backward, arguments, {**problem.flags, **options})
+
+
+class _DenseFuse(torch.autograd.Function):
+    """Streams travel as one flat list: m sources, then the gates."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, own: Tensor, weight: Tensor | None, activation: str, eps: float, m: int, *streams: Tensor
+    ) -> Tensor:
+        problem = _problem(own, streams[:m], streams[m:], weight, activation)
+        out = torch.empty_like(own, memory_format=torch.contiguous_format)
+        rows, width = problem.own.shape
+        inverse_rms = None if weight is None else torch.empty(rows, dtype=torch.float32, device=own.device)
+        blocks = _forward_blocks(width)
+        launch = _forward_launch(problem, out, inverse_rms, eps)
+        with torch.cuda.device_of(own):
+            launch.kernel[(triton.cdiv(rows, blocks.rows),)](*launch.arguments, **launch.options)
+        ctx.save_for_backward(own, weight, inverse_rms, *streams)
+        ctx.activation, ctx.m = activation, m
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        own, weight, inverse_rms, *streams = ctx.saved_tensors
+        if weight is None and len(streams) == ctx.m:
+            return grad, None, None, None, None, *(grad.to(s.dtype) for s in streams)
+        problem = _problem(own, streams[: ctx.m], streams[ctx.m :], weight, ctx.activation)
+        return _run_backward(problem, grad, inverse_rms, own, streams)
+
+
+def _run_backward(
+    problem: _Problem, grad: Tensor, inverse_rms: Tensor | None, own: Tensor, streams: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of own, weight, the three plain arguments (None) and the streams."""
+    rows, width = problem.own.shape
+    m, gates, norm = len(problem.sources), problem.gates, problem.weight is not None
+    blocks = _backward_blocks(width)
+    programs = min(triton.cdiv(rows, blocks.rows), processors(own.device) * blocks.programs)
+    d_own = torch.empty_like(own, memory_format=torch.contiguous_format) if norm else grad
+    d_sources = tuple(_empty_rows(s) for s in problem.sources[: len(gates)])
+    d_gates = tuple(_empty_rows(g) for g in gates)
+    shares = torch.empty(programs, width, dtype=torch.float32, device=own.device) if norm else None
+    launch = _backward_launch(problem, _as_rows(grad), inverse_rms, (d_own, d_sources, d_gates, shares))
+    with torch.cuda.device_of(own):
+        launch.kernel[(programs,)](*launch.arguments, **launch.options)
+    d_weight = None if shares is None else shares.sum(0).to(problem.weight.dtype)
+    written = d_sources or (d_own,)
+    each = [written[i % len(written)] for i in range(m)] + list(d_gates)
+    return d_own, d_weight, None, None, None, *(d.view(s.shape).to(s.dtype) for d, s in zip(each, streams, strict=True))
+
+
+def _empty_rows(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
