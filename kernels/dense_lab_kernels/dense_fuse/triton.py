@@ -10,7 +10,6 @@ for all of them; without a gate it is the gradient of `own` itself.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -25,7 +24,8 @@ from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, processors
 
 __all__ = ["dense_fuse", "sm90_cases", "unsupported"]
 
-_WIDEST = 32768  # one row must fit in the registers of one program
+_OPERATION = "dense_fuse"
+_WIDEST = 16384  # one row must fit in the registers of one program
 _MOST_SOURCES = 16  # the kernels are unrolled over the sources
 
 
@@ -67,7 +67,7 @@ def _activate_slope(gate, ACTIVATION: tl.constexpr):
 def _forward(
     own,
     sources,  # m pointers
-    gates,  # 0, 1 or m pointers
+    gates,  # None, 1 or m pointers
     weight,
     out,
     inverse_rms,  # [rows], fp32
@@ -115,7 +115,7 @@ def _backward(
     weight,
     inverse_rms,
     d_own,  # written only with NORM; without it, it is grad
-    d_sources,  # 0 (no gate), 1 (shared gate) or m pointers
+    d_sources,  # like gates
     d_gates,
     d_weight,  # [programs, W], fp32: each program's share
     grad_stride,
@@ -186,27 +186,32 @@ class _Blocks(NamedTuple):
     rows: int
     width: int
     warps: int
-    stages: int = 1
-    programs: int = 0  # per processor; 0: one program per block of rows
+    stages: int = 1  # of the loop over rows: how many row blocks are under way at once
+    programs: int = 0  # per processor, when each walks over many row blocks
 
 
 def _forward_blocks(width: int) -> _Blocks:
-    """16 elements of a row block per thread: two 16-byte loads of bf16 from every stream in flight."""
+    """16 elements per thread: two 16-byte loads of bf16 from every stream, few enough registers for full occupancy."""
     block = triton.next_power_of_2(width)
     rows = max(1, 2048 // block)
-    return _Blocks(rows, block, warps=min(16, max(4, rows * block // 512)))
+    return _Blocks(rows, block, warps=max(4, rows * block // 512) if block <= 8192 else 16)
 
 
-def _backward_blocks(width: int) -> _Blocks:
-    """As forward; as many programs as fit a processor's registers, so that few shares remain to be added."""
+def _backward_blocks(width: int, row_bytes: int, gates: str) -> _Blocks:
+    """Registers allow few programs per processor, so the next row blocks are fetched while one is computed.
+
+    row_bytes: read per row from all streams together. Stages are given while they fit 48 KiB of shared memory; with
+    one gate per source the streams are many, and read twice, so that they fill the memory pipeline without.
+    """
     block = triton.next_power_of_2(width)
-    rows = max(1, 2048 // block)
-    warps = min(16, max(4, rows * block // 512))
-    return _Blocks(rows, block, warps, programs=max(1, 16 // warps))
+    rows = max(1, 1024 // block)
+    warps = {1024: 4, 2048: 8, 4096: 8, 8192: 16}.get(rows * block, 32)
+    stages = 1 if gates == "each" else 1 + min(2, 48 * 1024 // (rows * row_bytes * block // width))
+    return _Blocks(rows, block, warps, stages, programs=max(1, 16 // warps))
 
 
 class _Problem(NamedTuple):
-    """What the kernels are specialised for, and the streams as matrices of rows."""
+    """The streams as matrices of rows, and what is done with them."""
 
     own: Tensor
     sources: tuple[Tensor, ...]
@@ -216,15 +221,23 @@ class _Problem(NamedTuple):
 
     @property
     def flags(self) -> dict[str, Any]:
+        """What the kernels are specialised for."""
         kind = "none" if not self.gates else "shared" if len(self.gates) == 1 else "each"
         return {"GATES": kind, "ACTIVATION": self.activation, "NORM": self.weight is not None}
 
+    def backward_blocks(self) -> _Blocks:
+        """Launch choices of the backward, whose gradient comes in the dtype of own."""
+        width = self.own.shape[1]
+        row_bytes = width * sum(t.element_size() for t in (self.own, self.own, *self.sources, *self.gates))
+        return _backward_blocks(width, row_bytes, self.flags["GATES"])
+
     @property
     def strides(self) -> tuple[Any, ...]:
+        """Row strides and sizes, in the order of the kernels' arguments."""
         return (
             self.own.stride(0),
             tuple(t.stride(0) for t in self.sources),
-            tuple(t.stride(0) for t in self.gates),
+            tuple(t.stride(0) for t in self.gates) or None,
             *self.own.shape,
         )
 
@@ -250,16 +263,17 @@ def _problem(
 def _forward_launch(problem: _Problem, out: Any, inverse_rms: Any, eps: float) -> Launch:
     own, sources, gates, weight, _ = problem
     blocks = _forward_blocks(own.shape[1])
-    arguments = (own, sources, gates, weight, out, inverse_rms, *problem.strides, eps)
+    arguments = (own, sources, gates or None, weight, out, inverse_rms, *problem.strides, eps)
     options = {"BLOCK_ROWS": blocks.rows, "BLOCK_WIDTH": blocks.width, "num_warps": blocks.warps}
     return Launch(_forward, arguments, {**problem.flags, **options})
 
 
 def _backward_launch(problem: _Problem, grad: Any, inverse_rms: Any, results: tuple[Any, ...]) -> Launch:
     own, sources, gates, weight, _ = problem
-    blocks = _backward_blocks(own.shape[1])
+    blocks = problem.backward_blocks()
     stride = grad.stride(0) if isinstance(grad, Tensor) else own.shape[1]
-    arguments = (grad, own, sources, gates, weight, inverse_rms, *results, stride, *problem.strides)
+    results = tuple(result or None if isinstance(result, tuple) else result for result in results)
+    arguments = (grad, own, sources, gates or None, weight, inverse_rms, *results, stride, *problem.strides)
     options = {
         "BLOCK_ROWS": blocks.rows,
         "BLOCK_WIDTH": blocks.width,
@@ -267,6 +281,20 @@ def _backward_launch(problem: _Problem, grad: Any, inverse_rms: Any, results: tu
         "num_warps": blocks.warps,
     }
     return Launch(_backward, arguments, {**problem.flags, **options})
+
+
+def _backward_like(problem: _Problem, out: Tensor, inverse_rms: Tensor | None) -> Launch:
+    """The backward launch to come, with tensors of the same dtypes standing in for those that do not exist yet."""
+    results = (out, problem.sources[: len(problem.gates)], problem.gates, inverse_rms)
+    return _backward_launch(problem, _as_rows(out), inverse_rms, results)
+
+
+def _key(problem: _Problem) -> tuple[Any, ...]:
+    """What decides the compiled code; a key too coarse costs one compilation later, nothing else."""
+    own, sources, gates, weight, activation = problem
+    width = own.shape[1]
+    dtypes = tuple(t.dtype for t in (own, *sources, *gates, *(() if weight is None else (weight,))))
+    return _OPERATION, activation, len(sources), dtypes, triton.next_power_of_2(width), width % 16 == 0
 
 
 class _DenseFuse(torch.autograd.Function):
@@ -283,6 +311,8 @@ class _DenseFuse(torch.autograd.Function):
         blocks = _forward_blocks(width)
         launch = _forward_launch(problem, out, inverse_rms, eps)
         with torch.cuda.device_of(own):
+            if any(ctx.needs_input_grad):
+                compile_once(_key(problem), lambda: [launch, _backward_like(problem, out, inverse_rms)])
             launch.kernel[(triton.cdiv(rows, blocks.rows),)](*launch.arguments, **launch.options)
         ctx.save_for_backward(own, weight, inverse_rms, *streams)
         ctx.activation, ctx.m = activation, m
@@ -304,7 +334,7 @@ def _run_backward(
     """Gradients of own, weight, the three plain arguments (None) and the streams."""
     rows, width = problem.own.shape
     m, gates, norm = len(problem.sources), problem.gates, problem.weight is not None
-    blocks = _backward_blocks(width)
+    blocks = problem.backward_blocks()
     programs = min(triton.cdiv(rows, blocks.rows), processors(own.device) * blocks.programs)
     d_own = torch.empty_like(own, memory_format=torch.contiguous_format) if norm else grad
     d_sources = tuple(_empty_rows(s) for s in problem.sources[: len(gates)])
@@ -321,3 +351,75 @@ def _run_backward(
 
 def _empty_rows(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def dense_fuse(
+    own: Tensor,
+    sources: tuple[Tensor, ...],
+    gate: Tensor | tuple[Tensor, ...] | None = None,
+    weight: Tensor | None = None,
+    *,
+    activation: str = "none",
+    eps: float = 1e-6,
+) -> Tensor:
+    """[..., W] in own's dtype; arguments as in the public function. Computes in fp32."""
+    gates = () if gate is None else (gate,) if isinstance(gate, Tensor) else gate
+    return _DenseFuse.apply(own, weight, activation, eps, len(sources), *sources, *gates)
+
+
+def unsupported(
+    own: Tensor,
+    sources: tuple[Tensor, ...],
+    gate: Tensor | tuple[Tensor, ...] | None = None,
+    weight: Tensor | None = None,
+    **_: Any,
+) -> str | None:
+    """Why these arguments cannot run here, or None."""
+    if own.dtype == torch.float64:
+        return "computes in float32, got float64"
+    if own.shape[-1] > _WIDEST:
+        return f"width must be at most {_WIDEST}, got {own.shape[-1]}"
+    if len(sources) > _MOST_SOURCES:
+        return f"at most {_MOST_SOURCES} sources, got {len(sources)}"
+    return unsupported_place(own)
+
+
+def _sm90_case(
+    kind: str, gates: str, width: int, m: int = 1, dtype: str = "bf16", norm: bool = True, activation: str = "silu"
+) -> Sm90Case:
+    """`kind`: "forward" or "backward"."""
+    stream, size = f"*{dtype}:16", "i32:16"
+    n = {"none": 0, "shared": 1, "each": m}[gates]
+    weight, scratch = (stream, "*fp32:16") if norm else ("constexpr", "constexpr")
+    gate = (stream,) * n or "constexpr"
+    streams = {"own": stream, "sources": (stream,) * m, "gates": gate, "weight": weight}
+    strides = {"own_stride": size, "source_strides": (size,) * m, "gate_strides": (size,) * n or "constexpr"}
+    flags: dict[str, Any] = {"GATES": gates, "ACTIVATION": activation, "NORM": norm}
+    if kind == "forward":
+        blocks, kernel = _forward_blocks(width), _forward
+        signature = {**streams, "out": stream, "inverse_rms": scratch, **strides, "rows": "i32", "width": size}
+        signature["eps"] = "fp32"
+    else:
+        row_bytes = width * (2 + m + n) * (4 if dtype == "fp32" else 2)
+        blocks, kernel = _backward_blocks(width, row_bytes, gates), _backward
+        results = {"d_own": stream, "d_sources": gate, "d_gates": gate, "d_weight": scratch}
+        sizes = {"grad_stride": size, **strides, "rows": "i32", "width": size}
+        signature = {"grad": stream, **streams, "inverse_rms": scratch, **results, **sizes}
+        flags["STAGES"] = blocks.stages
+    absent = [name for name, kind in signature.items() if kind == "constexpr"]
+    constexprs = {**flags, "BLOCK_ROWS": blocks.rows, "BLOCK_WIDTH": blocks.width, **dict.fromkeys(absent)}
+    signature = {name: kind for name, kind in signature.items() if name not in absent}
+    name = f"{kind}-{gates}{m}-{activation}-{'norm' if norm else 'plain'}-{dtype}-w{blocks.width}"
+    return Sm90Case(name, kernel, signature, constexprs, blocks.warps, 3)
+
+
+def sm90_cases() -> Iterator[Sm90Case]:
+    """Both kernels over widths, numbers of sources, gate forms and dtypes."""
+    for kind in ("forward", "backward"):
+        for width, m in product((32, 256, 768, 3072, _WIDEST), (1, 2)):
+            yield _sm90_case(kind, "shared", width, m)
+        for gates in ("none", "each"):
+            yield _sm90_case(kind, gates, 3072, 4)
+        yield _sm90_case(kind, "shared", 3072, dtype="fp32")
+        yield _sm90_case(kind, "shared", 3072, activation="sigmoid")
+        yield _sm90_case(kind, "each", 3072, 2, norm=False)

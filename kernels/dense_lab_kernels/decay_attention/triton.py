@@ -1,0 +1,366 @@
+"""Decay attention on a GPU: the passes made of the kernels in `triton_kernels`, and their gradient.
+
+The forward is three launches (states, scores, output). The backward computes states and scores again, which is cheaper
+than keeping them: for K = 384 and V = 1536 the states are larger than v itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dense_lab_kernels.decay_attention import triton_kernels as kernels
+from dense_lab_kernels.decay_attention.triton_launch import (
+    Launch,
+    Tile,
+    collecting,
+    compile_together,
+    launch_for,
+    run,
+)
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_compiled: set[tuple[Any, ...]] = set()
+
+
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, initial_state: Tensor | None = None
+) -> str | None:
+    """Why these arguments cannot run here, or None."""
+    if v.dtype not in _DTYPES:
+        return f"it computes in float32 and takes no {v.dtype}"
+    if v.is_cuda and torch.cuda.get_device_capability(v.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def decay_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output [B, T, H, V] in v's dtype and final state [B, H, K, V] in float32; arguments as in the public function."""
+    common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if log_decay.ndim == 1 and log_decay.requires_grad and torch.is_grad_enabled():
+        # Its gradient is that of a decay per token, summed.
+        log_decay = log_decay.expand(v.shape[:3])
+    if initial_state is not None:
+        initial_state = initial_state.float()
+    output, final_state = _DecayAttention.apply(
+        q.to(common), k.to(common), v.to(common), log_decay.float(), initial_state
+    )
+    return output.to(v.dtype), final_state
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Sizes and choices of one call. `decay` is what the kernels read: [H], or the sums [B, H, T]."""
+
+    batch: int
+    tokens: int
+    heads: int
+    groups: int
+    key_size: int
+    value_size: int
+    per_token: bool
+    launch: Launch
+
+    @staticmethod
+    def of(q: Tensor, v: Tensor, log_decay: Tensor) -> _Problem:
+        batch, tokens, heads, value_size = v.shape
+        launch = launch_for(q.shape[3], value_size, tokens, v.dtype)
+        return _Problem(batch, tokens, heads, q.shape[2], q.shape[3], value_size, log_decay.ndim == 3, launch)
+
+    @property
+    def per_group(self) -> int:
+        return self.heads // self.groups
+
+    @property
+    def chunks(self) -> int:
+        return triton.cdiv(self.tokens, self.launch.chunk)
+
+    def options(self, tile: Tile, like: Tensor) -> dict[str, Any]:
+        # float32 results must be as good as float32 arithmetic: three tf32 products come close enough, one does not.
+        precision = "tf32x3" if like.dtype == torch.float32 else "tf32"
+        return {
+            "C": self.launch.chunk,
+            "PER_TOKEN": self.per_token,
+            "PRECISION": precision,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.stride()[:3]
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _decay(problem: _Problem, log_decay: Tensor) -> Tensor:
+    if not problem.per_token:
+        return log_decay.contiguous()
+    p = problem
+    sums = log_decay.new_empty(p.batch, p.heads, p.tokens)
+    block = min(triton.next_power_of_2(p.heads), 16)
+    run(
+        kernels.sum_decays_kernel,
+        p.batch * p.chunks * triton.cdiv(p.heads, block),
+        log_decay,
+        sums,
+        *log_decay.stride(),
+        p.tokens,
+        p.heads,
+        p.chunks,
+        C=p.launch.chunk,
+        BH=block,
+        num_warps=4,
+    )
+    return sums
+
+
+def _states(
+    problem: _Problem,
+    x: Tensor,
+    y: Tensor,
+    decay: Tensor,
+    initial: Tensor | None,
+    final: Tensor | None,
+    direction: str,
+) -> Tensor:
+    """States before each chunk of a walk over k and v ("forward"), or over q and dO ("backward")."""
+    p, tile = problem, problem.launch.states
+    states = x.new_empty(p.batch, p.chunks, p.heads, p.key_size, p.value_size)
+    run(
+        kernels.states_kernel,
+        p.batch * p.heads * triton.cdiv(p.key_size, tile.rows) * triton.cdiv(p.value_size, tile.cols),
+        x,
+        y,
+        decay,
+        decay if initial is None else initial,
+        states,
+        decay if final is None else final,
+        int(initial is not None),
+        int(final is not None),
+        *_strides(x),
+        *_strides(y),
+        p.tokens,
+        p.heads,
+        p.per_group,
+        p.chunks,
+        p.key_size,
+        p.value_size,
+        BT=tile.depth,
+        BK=tile.rows,
+        BV=tile.cols,
+        REVERSED=direction == "backward",
+        EVEN_K=p.key_size % tile.rows == 0,
+        EVEN_V=p.value_size % tile.cols == 0,
+        **p.options(tile, x),
+    )
+    return states
+
+
+def _scores(problem: _Problem, x: Tensor, y: Tensor, decay: Tensor) -> Tensor:
+    """A from q and k, or dA from dO and v: one per group, so either bare (A) or summed over heads (dA) if R > 1."""
+    p, tile = problem, problem.launch.scores
+    shared = p.per_group > 1
+    side = p.launch.chunk // tile.rows
+    depth = min(tile.depth, max(triton.next_power_of_2(x.shape[3]), 16))
+    scores = x.new_empty(p.batch, p.chunks, p.groups, p.launch.chunk, p.launch.chunk)
+    run(
+        kernels.scores_kernel,
+        p.batch * p.groups * p.chunks * (side * (side + 1) // 2),
+        x,
+        y,
+        decay,
+        scores,
+        *_strides(x),
+        *_strides(y),
+        p.tokens,
+        p.heads,
+        p.per_group,
+        p.chunks,
+        x.shape[3],
+        BM=tile.rows,
+        BD=depth,
+        DECAYED=not shared,
+        SUM_HEADS=shared and x.shape[2] != p.groups,
+        EVEN_M=x.shape[3] % depth == 0,
+        **p.options(tile, x),
+    )
+    return scores
+
+
+def _apply(
+    problem: _Problem, x: Tensor, states: Tensor, scores: Tensor, z: Tensor, decay: Tensor, *, of: str
+) -> Tensor:
+    """scale * (x states) + scores z; `of` names the result: "o", "dv", "dq" or "dk"."""
+    p = problem
+    of_keys = of in ("dq", "dk")
+    tile = p.launch.keys if of_keys else p.launch.values
+    units, size = (p.groups, p.key_size) if of_keys else (p.heads, p.value_size)
+    depth_size = p.value_size if of_keys else p.key_size
+    out = x.new_empty(p.batch, p.tokens, units, size)
+    run(
+        kernels.apply_kernel,
+        p.batch * units * p.chunks * (p.launch.chunk // tile.rows) * triton.cdiv(size, tile.cols),
+        x,
+        states,
+        scores,
+        z,
+        decay,
+        out,
+        *_strides(x),
+        *_strides(z),
+        p.tokens,
+        p.heads,
+        p.per_group,
+        p.chunks,
+        depth_size,
+        size,
+        BM=tile.rows,
+        BN=tile.cols,
+        BD=tile.depth,
+        BJ=min(tile.rows, 64 if x.element_size() == 2 else 32),
+        REVERSED=of in ("dv", "dk"),
+        OF_KEYS=of_keys,
+        SHARED=p.per_group > 1,
+        EVEN_M=depth_size % tile.depth == 0,
+        EVEN_N=size % tile.cols == 0,
+        **p.options(tile, x),
+    )
+    return out
+
+
+def _decay_gradient(
+    problem: _Problem,
+    output: tuple[Tensor, Tensor],
+    value: tuple[Tensor, Tensor],
+    states: tuple[Tensor, Tensor],
+    final: tuple[Tensor, Tensor | None],
+) -> Tensor:
+    """Gradient of the log decay per token [B, T, H] from pairs (tensor, its gradient)."""
+    p = problem
+    gradient = torch.empty(p.batch, p.tokens, p.heads, dtype=torch.float32, device=value[0].device)
+    final_state, final_grad = final
+    run(
+        kernels.decay_gradient_kernel,
+        p.batch * p.chunks * p.heads,
+        *output,
+        *value,
+        *states,
+        final_state,
+        final_state if final_grad is None else final_grad,
+        gradient,
+        int(final_grad is not None),
+        *_strides(output[1]),
+        *_strides(value[0]),
+        p.tokens,
+        p.heads,
+        p.chunks,
+        p.key_size,
+        p.value_size,
+        C=p.launch.chunk,
+        BV=min(triton.next_power_of_2(p.value_size), 64),
+        BS=2048,
+        num_warps=8,
+    )
+    return gradient
+
+
+def _forward(
+    problem: _Problem, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    p = problem
+    final = torch.empty(p.batch, p.heads, p.key_size, p.value_size, dtype=torch.float32, device=v.device)
+    states = _states(p, k, v, decay, initial, final, "forward")
+    scores = _scores(p, q, k, decay)
+    return _apply(p, q, states, scores, v, decay, of="o"), final
+
+
+@dataclass(frozen=True)
+class _Saved:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    initial: Tensor | None
+    output: Tensor | None
+    final: Tensor | None
+
+
+def _backward(
+    problem: _Problem, saved: _Saved, out_grad: Tensor, final_grad: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, log decay (if the output was saved for it) and initial state (if there is one)."""
+    p, s = problem, saved
+    initial_grad = None if s.initial is None else torch.empty_like(s.initial)
+    states = _states(p, s.k, s.v, s.decay, s.initial, None, "forward")
+    state_grads = _states(p, s.q, out_grad, s.decay, final_grad, initial_grad, "backward")
+    v_grad = _apply(p, s.k, state_grads, _scores(p, s.q, s.k, s.decay), out_grad, s.decay, of="dv")
+    score_grads = _scores(p, out_grad, s.v, s.decay)
+    q_grad = _apply(p, out_grad, states, score_grads, s.k, s.decay, of="dq")
+    k_grad = _apply(p, s.v, state_grads, score_grads, s.q, s.decay, of="dk")
+    decay_grad = None
+    if s.output is not None and s.final is not None:
+        decay_grad = _decay_gradient(
+            p, (s.output, out_grad), (s.v, v_grad), (states, state_grads), (s.final, final_grad)
+        )
+    return q_grad, k_grad, v_grad, decay_grad, initial_grad
+
+
+def _compile(
+    problem: _Problem, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, with_gradient: tuple[bool, bool]
+) -> None:
+    """Compile all kernels of this class of problem at once, at its first use.
+
+    with_gradient: whether there will be a backward pass, and whether it covers log_decay.
+    """
+    p = problem
+    strides = tuple(stride % 16 == 0 for x in (q, k, v) for stride in _strides(x))
+    key = (v.device, v.dtype, strides, p.key_size, p.value_size, p.per_group > 1, p.per_token, p.launch, with_gradient)
+    if key in _compiled:
+        return
+    q, k, v, log_decay = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (q, k, v, log_decay))
+    with collecting() as calls:
+        decay = _decay(p, log_decay)
+        output, final = _forward(p, q, k, v, decay, None)
+        if with_gradient[0]:
+            kept = (output, final) if with_gradient[1] else (None, None)
+            _backward(p, _Saved(q, k, v, decay, None, *kept), torch.empty_like(output), None)
+    compile_together(calls, key[0])
+    _compiled.add(key)
+
+
+class _DecayAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+        initial = None if initial is None else initial.contiguous()
+        problem = _Problem.of(q, v, log_decay)
+        of_decay = ctx.needs_input_grad[3]
+        _compile(problem, q, k, v, log_decay, (any(ctx.needs_input_grad), of_decay))
+        decay = _decay(problem, log_decay)
+        output, final = _forward(problem, q, k, v, decay, initial)
+        ctx.set_materialize_grads(False)
+        ctx.problem = problem
+        ctx.save_for_backward(q, k, v, decay, initial, *((output, final) if of_decay else (None, None)))
+        return output, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_grad: Tensor | None, final_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if out_grad is None and final_grad is None:
+            return None, None, None, None, None
+        saved = _Saved(*ctx.saved_tensors)
+        out_grad = torch.zeros_like(saved.v) if out_grad is None else _rows_contiguous(out_grad)
+        final_grad = None if final_grad is None else final_grad.contiguous()
+        return _backward(ctx.problem, saved, out_grad, final_grad)

@@ -1,0 +1,417 @@
+"""The Triton kernels of decay attention, in chunks of C tokens (scheme of GLA, arXiv 2312.06635, and SSD, 2405.21060).
+
+With e_i the sum of the log decays from the start of a chunk to its token i (included), and E that of the whole chunk:
+
+    S'   = exp(E) S + sum_j exp(E - e_j) k_j v_j^T                 `states`, walks the chunks in order
+    A_ij = exp(e_i - e_j) q_i . k_j  for j <= i, else 0            `scores`, once per chunk, for every tile of V
+    o_i  = exp(e_i) q_i S + sum_j A_ij v_j                         `apply`
+    dS   = exp(E) dS' + sum_i exp(e_i) q_i dO_i^T                  `states`, reversed
+    dA_ij = exp(e_i - e_j) dO_i . v_j  for j <= i, else 0          `scores`
+    dv_j = exp(E - e_j) k_j dS' + sum_i A_ij dO_i                  `apply`, reversed
+    dq_i = exp(e_i) dO_i S^T + sum_j dA_ij k_j                     `apply`
+    dk_j = exp(E - e_j) v_j dS'^T + sum_i dA_ij q_i                `apply`, reversed
+    dg_t = <S', dS'> + sum_{i >= t in the chunk} (o_i . dO_i - v_i . dv_i)      `decay_gradient`
+
+So four of the eight matrix passes are one kernel, `apply`: out = scale * (X Y) + P Z.
+
+Letters: B batch, T tokens, H heads, G groups, R = H / G heads per group, K key size, V value size, C chunk.
+Layouts: inputs [B, T, H or G, size] with strides, last dimension contiguous; states [B, chunks, H, K, V];
+scores [B, chunks, H or G, C, C]; log decay [H], or per token the chunk-wise sums e as [B, H, T] (float32).
+Sizes are run-time arguments; constexpr are tiles and what changes the code. Program ids are one-dimensional.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# exp(-80) is zero beside anything else in float32; the bound keeps differences of sums exact and -inf usable.
+LOWEST_LOG_DECAY = tl.constexpr(-80.0)
+
+
+@triton.jit
+def _summed_decay(decay_ptr, batch, head, H, T, start, index, length, PER_TOKEN: tl.constexpr):
+    """e at `index` (clipped to the chunk's last token) of the chunk that starts at token `start`."""
+    index = tl.minimum(index, length - 1)
+    if PER_TOKEN:
+        return tl.load(decay_ptr + (batch * H + head).to(tl.int64) * T + start + index)
+    return tl.maximum(tl.load(decay_ptr + head), LOWEST_LOG_DECAY) * (index + 1).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["T", "H", "n_chunks"])
+def sum_decays_kernel(
+    log_decay_ptr,  # [B, T, H], strides b, t, h
+    sums_ptr,  # [B, H, T]
+    stride_b,
+    stride_t,
+    stride_h,
+    T,
+    H,
+    n_chunks,
+    C: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """e of every token: log decays summed from the start of its chunk. One program: one chunk, BH heads."""
+    pid = tl.program_id(0)
+    head_tiles = tl.cdiv(H, BH)
+    heads = (pid % head_tiles) * BH + tl.arange(0, BH)
+    chunk = (pid // head_tiles) % n_chunks
+    batch = (pid // head_tiles // n_chunks).to(tl.int64)
+    tokens = chunk * C + tl.arange(0, C)
+    mask = (tokens < T)[:, None] & (heads < H)[None, :]
+    offsets = tokens.to(tl.int64)[:, None] * stride_t + heads[None, :] * stride_h
+    decays = tl.load(log_decay_ptr + batch * stride_b + offsets, mask=mask, other=0.0).to(tl.float32)
+    sums = tl.cumsum(tl.maximum(decays, LOWEST_LOG_DECAY), axis=0)
+    tl.store(sums_ptr + (batch * H + heads)[None, :] * T + tokens[:, None], sums, mask=mask)
+
+
+@triton.jit(do_not_specialize=["has_initial", "has_final", "T", "H", "R", "n_chunks"])
+def states_kernel(
+    x_ptr,  # [B, T, H / R, K]: k, or q when reversed
+    y_ptr,  # [B, T, H, V]: v, or dO when reversed
+    decay_ptr,
+    initial_ptr,  # [B, H, K, V] float32, read if has_initial: the state before the walk
+    states_ptr,  # [B, chunks, H, K, V]: the state before each chunk of the walk
+    final_ptr,  # [B, H, K, V] float32, written if has_final: the state after the walk
+    has_initial,
+    has_final,
+    x_stride_b,
+    x_stride_t,
+    x_stride_h,
+    y_stride_b,
+    y_stride_t,
+    y_stride_h,
+    T,
+    H,
+    R,
+    n_chunks,
+    K,
+    V,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    REVERSED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Walk the chunks (backwards when REVERSED) with one [BK, BV] tile of the state in registers."""
+    pid = tl.program_id(0)
+    v_tiles = tl.cdiv(V, BV)
+    k_tiles = tl.cdiv(K, BK)
+    cols = (pid % v_tiles) * BV + tl.arange(0, BV)
+    rows = (pid // v_tiles % k_tiles) * BK + tl.arange(0, BK)
+    unit = pid // v_tiles // k_tiles
+    head = unit % H
+    batch = (unit // H).to(tl.int64)
+    row_mask = rows < K
+    col_mask = cols < V
+    tile = rows[:, None] * V + cols[None, :]
+    tile_mask = row_mask[:, None] & col_mask[None, :]
+    x_ptr += batch * x_stride_b + (head // R).to(tl.int64) * x_stride_h
+    y_ptr += batch * y_stride_b + head.to(tl.int64) * y_stride_h
+    state_offset = (batch * H + head) * K * V
+
+    state = tl.load(initial_ptr + state_offset + tile, mask=tile_mask & (has_initial != 0), other=0.0)
+    n_steps = n_chunks * (C // BT)
+    for i in range(0, n_steps):
+        step = n_steps - 1 - i if REVERSED else i
+        chunk = step // (C // BT)
+        start = chunk * C
+        length = tl.minimum(C, T - start)
+        whole = _summed_decay(decay_ptr, batch, head, H, T, start, length - 1, length, PER_TOKEN)
+        if i % (C // BT) == 0:
+            offset = ((batch * n_chunks + chunk) * H + head) * K * V
+            tl.store(states_ptr + offset + tile, state.to(states_ptr.dtype.element_ty), mask=tile_mask)
+            state *= tl.exp(whole)
+        index = (step % (C // BT)) * BT + tl.arange(0, BT)
+        tokens = (start + index).to(tl.int64)
+        token_mask = index < length
+        summed = _summed_decay(decay_ptr, batch, head, H, T, start, index, length, PER_TOKEN)
+        weight = tl.exp(summed) if REVERSED else tl.exp(whole - summed)
+        # x is read transposed: scaled in registers, it is the first operand of the product.
+        x_mask = token_mask[None, :] if EVEN_K else token_mask[None, :] & row_mask[:, None]
+        x = tl.load(x_ptr + tokens[None, :] * x_stride_t + rows[:, None], mask=x_mask, other=0.0)
+        y_mask = token_mask[:, None] if EVEN_V else token_mask[:, None] & col_mask[None, :]
+        y = tl.load(y_ptr + tokens[:, None] * y_stride_t + cols[None, :], mask=y_mask, other=0.0)
+        x = (x.to(tl.float32) * weight[None, :]).to(x.dtype)
+        state = tl.dot(x, y, state, input_precision=PRECISION)
+    tl.store(final_ptr + state_offset + tile, state, mask=tile_mask & (has_final != 0))
+
+
+@triton.jit(do_not_specialize=["T", "H", "R", "n_chunks"])
+def scores_kernel(
+    x_ptr,  # [B, T, U, M]: q, or dO
+    y_ptr,  # [B, T, U, M]: k, or v
+    decay_ptr,
+    scores_ptr,  # [B, chunks, H / R, C, C]
+    x_stride_b,
+    x_stride_t,
+    x_stride_h,
+    y_stride_b,
+    y_stride_t,
+    y_stride_h,
+    T,
+    H,
+    R,
+    n_chunks,
+    M,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    DECAYED: tl.constexpr,
+    SUM_HEADS: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One [BM, BM] block on or below the diagonal of a chunk's X Y^T, masked, times exp(e_i - e_j) if DECAYED.
+
+    With SUM_HEADS the block is summed over the R heads of a group, which x and y then have one by one.
+    """
+    pid = tl.program_id(0)
+    side: tl.constexpr = C // BM
+    block = pid % (side * (side + 1) // 2)
+    chunk = pid // (side * (side + 1) // 2) % n_chunks
+    unit = pid // (side * (side + 1) // 2) // n_chunks
+    row_block = 0
+    for row in tl.static_range(1, side):
+        row_block += (block >= row * (row + 1) // 2).to(tl.int32)
+    col_block = block - row_block * (row_block + 1) // 2
+    units = H // R
+    batch = (unit // units).to(tl.int64)
+    group = unit % units
+
+    start = chunk * C
+    length = tl.minimum(C, T - start)
+    i = row_block * BM + tl.arange(0, BM)
+    j = col_block * BM + tl.arange(0, BM)
+    depth = tl.arange(0, BD)
+    x_ptr += batch * x_stride_b + (start + i).to(tl.int64)[:, None] * x_stride_t + depth[None, :]
+    y_ptr += batch * y_stride_b + (start + j).to(tl.int64)[None, :] * y_stride_t + depth[:, None]
+    i_mask = (i < length)[:, None]
+    j_mask = (j < length)[None, :]
+    causal = i[:, None] >= j[None, :]
+    depth_tiles = tl.cdiv(M, BD)
+    total = tl.zeros([BM, BM], dtype=tl.float32)
+    n_heads = R if SUM_HEADS else 1
+    for step in range(0, n_heads * depth_tiles):
+        if SUM_HEADS:
+            head = (group * R + step // depth_tiles).to(tl.int64)
+            first = (step % depth_tiles) * BD
+        else:
+            head = group.to(tl.int64)
+            first = step * BD
+        x_mask = i_mask if EVEN_M else i_mask & (first + depth < M)[None, :]
+        y_mask = j_mask if EVEN_M else j_mask & (first + depth < M)[:, None]
+        x = tl.load(x_ptr + head * x_stride_h + first, mask=x_mask, other=0.0)
+        y = tl.load(y_ptr + head * y_stride_h + first, mask=y_mask, other=0.0)
+        if SUM_HEADS:
+            e_i = _summed_decay(decay_ptr, batch, head, H, T, start, i, length, PER_TOKEN)
+            e_j = _summed_decay(decay_ptr, batch, head, H, T, start, j, length, PER_TOKEN)
+            fade = tl.exp(tl.where(causal, e_i[:, None] - e_j[None, :], 0.0))
+            total += tl.dot(x, y, input_precision=PRECISION) * fade
+        else:
+            total = tl.dot(x, y, total, input_precision=PRECISION)
+    if DECAYED and not SUM_HEADS:
+        e_i = _summed_decay(decay_ptr, batch, group, H, T, start, i, length, PER_TOKEN)
+        e_j = _summed_decay(decay_ptr, batch, group, H, T, start, j, length, PER_TOKEN)
+        total *= tl.exp(tl.where(causal, e_i[:, None] - e_j[None, :], 0.0))
+    total = tl.where(causal, total, 0.0)
+    scores_ptr += ((batch * n_chunks + chunk) * units + group) * C * C
+    tl.store(scores_ptr + i[:, None] * C + j[None, :], total.to(scores_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "H", "R", "n_chunks"])
+def apply_kernel(
+    x_ptr,  # [B, T, ., M]: q (o), k (dv), dO (dq), v (dk)
+    y_ptr,  # states [B, chunks, H, K, V]: S (o, dq), dS' (dv, dk)
+    p_ptr,  # [B, chunks, ., C, C]: A (o, dv), dA (dq, dk)
+    z_ptr,  # [B, T, ., N]: v (o), dO (dv), k (dq), q (dk)
+    decay_ptr,
+    out_ptr,  # [B, T, ., N] contiguous: o, dv (one per head), dq, dk (one per group)
+    x_stride_b,
+    x_stride_t,
+    x_stride_h,
+    z_stride_b,
+    z_stride_t,
+    z_stride_h,
+    T,
+    H,
+    R,
+    n_chunks,
+    M,
+    N,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BJ: tl.constexpr,
+    REVERSED: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+    SHARED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One [BM, BN] tile of out = scale * (X Y) + P Z.
+
+    REVERSED (dv, dk): P is transposed, scale is exp(E - e_j) instead of exp(e_i). OF_KEYS (dq, dk): Y is transposed.
+    SHARED (R > 1): q and k belong to groups; o and dv then decay the group's P themselves, dq and dk sum over heads.
+    """
+    sum_heads: tl.constexpr = SHARED and OF_KEYS
+    decay_p: tl.constexpr = SHARED and not OF_KEYS
+    pid = tl.program_id(0)
+    n_tiles = tl.cdiv(N, BN)
+    cols = (pid % n_tiles) * BN + tl.arange(0, BN)
+    row_block = pid // n_tiles % (C // BM)
+    chunk = pid // n_tiles // (C // BM) % n_chunks
+    unit = pid // n_tiles // (C // BM) // n_chunks
+    units = H // R if OF_KEYS else H
+    batch = (unit // units).to(tl.int64)
+    own = unit % units
+
+    start = chunk * C
+    length = tl.minimum(C, T - start)
+    i = row_block * BM + tl.arange(0, BM)
+    tokens = (start + i).to(tl.int64)
+    i_mask = (i < length)[:, None]
+    col_mask = (cols < N)[None, :]
+    depth = tl.arange(0, BD)
+    x_ptr += batch * x_stride_b + tokens[:, None] * x_stride_t + depth[None, :]
+    y_ptr += (batch * n_chunks + chunk) * H * M * N
+    if OF_KEYS:
+        y_ptr += cols[None, :] * M + depth[:, None]
+    else:
+        y_ptr += depth[:, None] * N + cols[None, :]
+    depth_tiles = tl.cdiv(M, BD)
+    n_heads = R if sum_heads else 1
+    out = tl.zeros([BM, BN], dtype=tl.float32)
+    for step in range(0, n_heads * depth_tiles):
+        if sum_heads:
+            head = own * R + step // depth_tiles
+            first = (step % depth_tiles) * BD
+        else:
+            head = own
+            first = step * BD
+        x_head = (head if OF_KEYS else head // R).to(tl.int64)
+        x_mask = i_mask if EVEN_M else i_mask & (first + depth < M)[None, :]
+        x = tl.load(x_ptr + x_head * x_stride_h + first, mask=x_mask, other=0.0)
+        y_tile = y_ptr + head.to(tl.int64) * M * N + (first if OF_KEYS else first * N)
+        if EVEN_M and EVEN_N:
+            y = tl.load(y_tile)
+        else:
+            y = tl.load(y_tile, mask=(first + depth < M)[:, None] & col_mask, other=0.0)
+        if sum_heads:
+            e_i = _summed_decay(decay_ptr, batch, head, H, T, start, i, length, PER_TOKEN)
+            if REVERSED:
+                e_i = _summed_decay(decay_ptr, batch, head, H, T, start, length - 1, length, PER_TOKEN) - e_i
+            out += tl.dot(x, y, input_precision=PRECISION) * tl.exp(e_i)[:, None]
+        else:
+            out = tl.dot(x, y, out, input_precision=PRECISION)
+    e_i = _summed_decay(decay_ptr, batch, own, H, T, start, i, length, PER_TOKEN)
+    if not sum_heads:
+        scale = e_i
+        if REVERSED:
+            scale = _summed_decay(decay_ptr, batch, own, H, T, start, length - 1, length, PER_TOKEN) - e_i
+        out *= tl.exp(scale)[:, None]
+
+    # Blocks of P above the diagonal were never written: only those on the causal side are read.
+    p_unit = own // R if decay_p else own
+    p_units = H // R
+    p_ptr += ((batch * n_chunks + chunk) * p_units + p_unit) * C * C
+    z_ptr += batch * z_stride_b + own.to(tl.int64) * z_stride_h + start.to(tl.int64) * z_stride_t + cols[None, :]
+    if REVERSED:
+        first_block = row_block * BM // BJ
+        last_block = tl.cdiv(length, BJ)
+    else:
+        first_block = 0
+        last_block = tl.cdiv(tl.minimum((row_block + 1) * BM, length), BJ)
+    for block in range(first_block, last_block):
+        j = block * BJ + tl.arange(0, BJ)
+        if REVERSED:
+            p = tl.load(p_ptr + j[None, :] * C + i[:, None])
+        else:
+            p = tl.load(p_ptr + i[:, None] * C + j[None, :])
+        z_mask = (j < length)[:, None] if EVEN_N else (j < length)[:, None] & col_mask
+        z = tl.load(z_ptr + j.to(tl.int64)[:, None] * z_stride_t, mask=z_mask, other=0.0)
+        if decay_p:
+            e_j = _summed_decay(decay_ptr, batch, own, H, T, start, j, length, PER_TOKEN)
+            gap = e_j[None, :] - e_i[:, None] if REVERSED else e_i[:, None] - e_j[None, :]
+            # Where P is zero the gap may be positive and large: zero times infinity must not arise.
+            p = (p.to(tl.float32) * tl.exp(tl.minimum(gap, 0.0))).to(z.dtype)
+        out = tl.dot(p, z, out, input_precision=PRECISION)
+
+    out_ptr += ((batch * T + tokens) * units + own)[:, None] * N + cols[None, :]
+    tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=i_mask if EVEN_N else i_mask & col_mask)
+
+
+@triton.jit(do_not_specialize=["has_final_grad", "T", "H", "n_chunks"])
+def decay_gradient_kernel(
+    out_ptr,  # [B, T, H, V] contiguous
+    out_grad_ptr,  # [B, T, H, V], strides
+    v_ptr,  # [B, T, H, V], strides
+    v_grad_ptr,  # [B, T, H, V] contiguous
+    states_ptr,  # [B, chunks, H, K, V]: the state before each chunk
+    state_grads_ptr,  # [B, chunks, H, K, V]: the gradient of the state after each chunk
+    final_ptr,  # [B, H, K, V] float32, the state after the last chunk
+    final_grad_ptr,  # its gradient, read if has_final_grad
+    decay_grad_ptr,  # [B, T, H] contiguous, float32
+    has_final_grad,
+    do_stride_b,
+    do_stride_t,
+    do_stride_h,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    T,
+    H,
+    n_chunks,
+    K,
+    V,
+    C: tl.constexpr,
+    BV: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Gradient of the log decays of one chunk and head, from sums that never leave the chunk."""
+    pid = tl.program_id(0)
+    head = pid % H
+    chunk = pid // H % n_chunks
+    batch = (pid // H // n_chunks).to(tl.int64)
+    i = tl.arange(0, C)
+    tokens = (chunk * C + i).to(tl.int64)
+    i_mask = tokens < T
+    cols = tl.arange(0, BV)
+    dense = ((batch * T + tokens) * H + head)[:, None] * V + cols[None, :]
+    do_offsets = batch * do_stride_b + tokens[:, None] * do_stride_t + head * do_stride_h + cols[None, :]
+    v_offsets = batch * v_stride_b + tokens[:, None] * v_stride_t + head * v_stride_h + cols[None, :]
+    change = tl.zeros([C], dtype=tl.float32)
+    for first in range(0, V, BV):
+        mask = i_mask[:, None] & (first + cols < V)[None, :]
+        out = tl.load(out_ptr + dense + first, mask=mask, other=0.0).to(tl.float32)
+        out_grad = tl.load(out_grad_ptr + do_offsets + first, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + v_offsets + first, mask=mask, other=0.0).to(tl.float32)
+        v_grad = tl.load(v_grad_ptr + dense + first, mask=mask, other=0.0).to(tl.float32)
+        change += tl.sum(out * out_grad - v * v_grad, axis=1)
+
+    size = K * V
+    offset = ((batch * n_chunks + chunk) * H + head) * size
+    final_offset = (batch * H + head) * size
+    products = tl.zeros([BS], dtype=tl.float32)
+    if chunk < n_chunks - 1:
+        for first in range(0, size, BS):
+            place = first + tl.arange(0, BS)
+            after = tl.load(states_ptr + offset + H.to(tl.int64) * size + place, mask=place < size, other=0.0)
+            grad = tl.load(state_grads_ptr + offset + place, mask=place < size, other=0.0)
+            products += after.to(tl.float32) * grad.to(tl.float32)
+    elif has_final_grad != 0:
+        for first in range(0, size, BS):
+            place = first + tl.arange(0, BS)
+            after = tl.load(final_ptr + final_offset + place, mask=place < size, other=0.0)
+            grad = tl.load(final_grad_ptr + final_offset + place, mask=place < size, other=0.0)
+            products += after * grad
+    gradient = tl.sum(products) + tl.cumsum(change, axis=0, reverse=True)
+    tl.store(decay_grad_ptr + (batch * T + tokens) * H + head, gradient, mask=i_mask)
