@@ -1,8 +1,8 @@
 """Dense fusion in one pass forward and one pass backward (Triton).
 
-The forward keeps one number per row (1 / rms); the backward reads its inputs again and recomputes the rest. A program owns
-whole rows. The backward is persistent: each program walks over many rows and holds its share of the weight's gradient in
-registers; a second, small reduction adds the shares, so that the result does not depend on scheduling.
+The forward keeps one number per row (1 / rms); the backward reads its inputs again and recomputes the rest. A program
+owns whole rows. The backward is persistent: each program walks over many rows and holds its share of the weight's
+gradient in registers; a second, small reduction adds the shares, so that the result does not depend on scheduling.
 
 Letters: W width, m sources. With one gate for all sources their gradients are equal: one tensor is written and returned
 for all of them; without a gate it is the gradient of `own` itself.

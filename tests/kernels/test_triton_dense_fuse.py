@@ -1,0 +1,132 @@
+"""dense_fuse in Triton: output and every gradient against float64, on a GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from accuracy import as_dtype, assert_as_accurate, run_with_gradients
+
+from dense_lab_kernels.dense_fuse import dense_fuse
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU (README.md here)"
+    ),
+    pytest.mark.usefixtures("poisoned_empty"),
+]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter computes bf16 wrongly; on a GPU bf16 is what matters.
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+
+def make(shape: tuple[int, ...], m: int, gates: int | None, norm: bool, seed: int = 0) -> dict[str, Any]:
+    """float64 inputs; gates: None, 0 for one shared gate, or one per source."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(DEVICE)
+
+    gate = None if gates is None else draw(*shape) if gates == 0 else tuple(draw(*shape) for _ in range(gates))
+    return {
+        "own": draw(*shape),
+        "sources": tuple(draw(*shape) for _ in range(m)),
+        "gate": gate,
+        "weight": 1 + draw(shape[-1]) / 4 if norm else None,
+    }
+
+
+def check(inputs: dict[str, Any], dtype: torch.dtype, **options: Any) -> None:
+    def run(impl: str, kind: torch.dtype) -> dict[str, torch.Tensor]:
+        # Rounded to the dtype first, so that all see the same numbers.
+        rounded = as_dtype(as_dtype(inputs, dtype), kind)
+        return run_with_gradients(lambda **x: dense_fuse(**x, **options, impl=impl), rounded)
+
+    assert_as_accurate(run("triton", dtype), run("reference", dtype), run("reference", torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["none", "silu", "sigmoid"])
+@pytest.mark.parametrize(("m", "gates"), [(1, None), (2, None), (1, 0), (3, 0), (1, 1), (3, 3)])
+def test_output_and_gradients(m: int, gates: int | None, activation: str, dtype: torch.dtype) -> None:
+    for norm in (True, False):
+        check(make((2, 5, 48), m, gates, norm), dtype, activation=activation)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7,), (3, 100), (63, 33), (257, 32), (2, 3, 1030), (1, 4097)], ids=str)
+def test_odd_shapes(shape: tuple[int, ...]) -> None:
+    check(make(shape, 2, 0, True), torch.float32, activation="silu")
+
+
+def test_halves_of_a_split_are_read_in_place() -> None:
+    inputs = make((4, 6, 64), 1, 0, True)
+    own, other = torch.randn(4, 6, 128, device=DEVICE).split(64, dim=-1)
+    weight = inputs["weight"].float()
+    arguments = (own, (other,), other, weight)
+    found = dense_fuse(*arguments, activation="silu", impl="triton")
+    torch.testing.assert_close(found, dense_fuse(*arguments, activation="silu", impl="reference"))
+
+
+def test_upstream_gradient_with_any_strides() -> None:
+    inputs = as_dtype(make((4, 6, 40), 1, 0, True), torch.float32)
+    inputs["own"].requires_grad_()
+    grads = {}
+    for impl in ("triton", "reference"):
+        dense_fuse(**inputs, impl=impl).sum().backward()  # an expanded gradient
+        dense_fuse(**inputs, impl=impl).mT.contiguous().cos().sum().backward()  # a transposed one
+        grads[impl], inputs["own"].grad = inputs["own"].grad, None
+    torch.testing.assert_close(grads["triton"], grads["reference"])
+
+
+def test_gradients_accumulate_apart_although_they_share_memory() -> None:
+    own, a, b = (torch.randn(3, 32, device=DEVICE, requires_grad=True) for _ in range(3))
+    dense_fuse(own, (a, b), impl="triton").sum().backward()
+    own.grad.add_(1.0)
+    assert torch.equal(a.grad, torch.ones_like(a))
+    assert torch.equal(b.grad, torch.ones_like(b))
+
+
+def test_mixed_dtypes_keep_their_own_gradient_dtype() -> None:
+    own = torch.randn(3, 32, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    source, gate = (torch.randn(3, 32, device=DEVICE, requires_grad=True) for _ in range(2))
+    weight = torch.ones(32, device=DEVICE, requires_grad=True)
+    out = dense_fuse(own, (source,), gate, weight, impl="triton")
+    out.float().sum().backward()
+    assert out.dtype == own.grad.dtype == torch.float16
+    assert source.grad.dtype == gate.grad.dtype == weight.grad.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(16384, 768), (16384, 3072), (4096, 32), (1000, 8192)], ids=str)
+@pytest.mark.parametrize(("m", "gates"), [(1, 0), (2, 0), (2, 2), (4, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_sizes(shape: tuple[int, int], m: int, gates: int | None, dtype: torch.dtype) -> None:
+    check(make(shape, m, gates, True), dtype, activation="silu")
+
+
+@pytest.mark.gpu
+def test_graph_capture_replays_the_same_numbers() -> None:
+    inputs = as_dtype(make((64, 768), 2, 0, True), torch.bfloat16)
+    leaves = [inputs["own"], *inputs["sources"], inputs["gate"], inputs["weight"]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = dense_fuse(**inputs, activation="silu", impl="triton")
+        return torch.autograd.grad(out.float().square().sum(), leaves)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        expected = [g.clone() for g in step()]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for tensor in captured:
+        tensor.zero_()
+    graph.replay()
+    for found, wanted in zip(captured, expected, strict=True):
+        assert torch.equal(found, wanted)
