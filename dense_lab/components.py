@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from dense_lab.corpus import Corpus
+    from dense_lab.corpus import Corpus, Encoder
     from dense_lab.modules import CoreModule, FusionModule, GateModule, TransitionModule
 
 
@@ -130,6 +130,16 @@ class Data(Component):
         """Read, tokenise and split; deterministic. Raises InputError (bad path) or MachineError (offline)."""
 
 
+class Tokenizer(Component):
+    """How text becomes tokens."""
+
+    slot = "tokenizer"
+
+    @abstractmethod
+    def fit(self, documents: Sequence[bytes]) -> Encoder:
+        """What turns text into tokens, learned from the training split's documents (UTF-8) alone; deterministic."""
+
+
 class Slot:
     """Annotation of a field that any installed component of a slot may fill: a bare name, or a mapping with `kind`.
 
@@ -189,3 +199,4 @@ FusionSlot = Annotated[SerializeAsAny[Fusion], Slot("fusion")]
 PatternSlot = Annotated[SerializeAsAny[Pattern], Slot("pattern")]
 FFNSlot = Annotated[SerializeAsAny[FFN], Slot("ffn")]
 DataSlot = Annotated[SerializeAsAny[Data], Slot("data")]
+TokenizerSlot = Annotated[SerializeAsAny[Tokenizer], Slot("tokenizer")]

@@ -1,14 +1,15 @@
 """What a data component prepares: token batches that depend on the seed and on nothing else.
 
-Letters: B batch, T tokens.
+Letters: B batch, T tokens, N tokens of a whole text.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 Split = Literal["train", "valid", "test"]
@@ -23,6 +24,18 @@ class Batch(NamedTuple):
     """[B, T] int64."""
     targets: Tensor
     """[B, T] int64; IGNORED where nothing is scored."""
+
+
+class Encoder(ABC):
+    """Turns text into tokens."""
+
+    vocab_size: int
+    unit: str
+    """What one token is: `byte`, `character`, `token`."""
+
+    @abstractmethod
+    def encode(self, documents: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]:
+        """Tokens [N], unsigned, of UTF-8 documents joined by whatever separates them; InputError if it cannot."""
 
 
 class Corpus(ABC):
