@@ -68,7 +68,8 @@ def compile_once(key: Hashable, launches: Callable[[], Iterable[Launch]]) -> Non
 
         def compile_one(launch: Launch) -> None:
             with torch.cuda.device(device):
-                launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
+                compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
+                _ = compiled.run  # Builds the launcher and loads the binary, which would else happen one by one.
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(compile_one, launches()))

@@ -6,6 +6,7 @@ than keeping them: for K = 384 and V = 1536 the states are larger than v itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +15,13 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, unsupported_place
 from dense_lab_kernels.decay_attention import triton_kernels as kernels
-from dense_lab_kernels.decay_attention.triton_launch import (
-    Launch,
-    Tile,
-    collecting,
-    compile_together,
-    launch_for,
-    run,
-)
+from dense_lab_kernels.decay_attention.triton_launch import Tile, Tiles, collecting, run, tiles_for
+
+__all__ = ["decay_attention", "sm90_cases", "unsupported"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_compiled: set[tuple[Any, ...]] = set()
 
 
 def unsupported(
@@ -34,9 +30,7 @@ def unsupported(
     """Why these arguments cannot run here, or None."""
     if v.dtype not in _DTYPES:
         return f"it computes in float32 and takes no {v.dtype}"
-    if v.is_cuda and torch.cuda.get_device_capability(v.device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or newer"
-    return None
+    return unsupported_place(v)
 
 
 def decay_attention(
@@ -66,13 +60,14 @@ class _Problem:
     key_size: int
     value_size: int
     per_token: bool
-    launch: Launch
+    tiles: Tiles
 
     @staticmethod
     def of(q: Tensor, v: Tensor, log_decay: Tensor) -> _Problem:
         batch, tokens, heads, value_size = v.shape
-        launch = launch_for(q.shape[3], value_size, tokens, v.dtype)
-        return _Problem(batch, tokens, heads, q.shape[2], q.shape[3], value_size, log_decay.ndim == 3, launch)
+        groups, key_size = q.shape[2:]
+        tiles = tiles_for(key_size, value_size, heads // groups, tokens, v.dtype)
+        return _Problem(batch, tokens, heads, groups, key_size, value_size, log_decay.ndim == 3, tiles)
 
     @property
     def per_group(self) -> int:
@@ -80,17 +75,16 @@ class _Problem:
 
     @property
     def chunks(self) -> int:
-        return triton.cdiv(self.tokens, self.launch.chunk)
+        return triton.cdiv(self.tokens, self.tiles.chunk)
 
     def options(self, tile: Tile, like: Tensor) -> dict[str, Any]:
         # float32 results must be as good as float32 arithmetic: three tf32 products come close enough, one does not.
         precision = "tf32x3" if like.dtype == torch.float32 else "tf32"
         return {
-            "C": self.launch.chunk,
+            "C": self.tiles.chunk,
             "PER_TOKEN": self.per_token,
             "PRECISION": precision,
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
+            **tile.options(),
         }
 
 
@@ -117,7 +111,7 @@ def _decay(problem: _Problem, log_decay: Tensor) -> Tensor:
         p.tokens,
         p.heads,
         p.chunks,
-        C=p.launch.chunk,
+        C=p.tiles.chunk,
         BH=block,
         num_warps=4,
     )
@@ -134,7 +128,7 @@ def _states(
     direction: str,
 ) -> Tensor:
     """States before each chunk of a walk over k and v ("forward"), or over q and dO ("backward")."""
-    p, tile = problem, problem.launch.states
+    p, tile = problem, problem.tiles.states
     states = x.new_empty(p.batch, p.chunks, p.heads, p.key_size, p.value_size)
     run(
         kernels.states_kernel,
@@ -166,13 +160,12 @@ def _states(
     return states
 
 
-def _scores(problem: _Problem, x: Tensor, y: Tensor, decay: Tensor) -> Tensor:
+def _scores(problem: _Problem, x: Tensor, y: Tensor, decay: Tensor, tile: Tile) -> Tensor:
     """A from q and k, or dA from dO and v: one per group, so either bare (A) or summed over heads (dA) if R > 1."""
-    p, tile = problem, problem.launch.scores
+    p = problem
     shared = p.per_group > 1
-    side = p.launch.chunk // tile.rows
-    depth = min(tile.depth, max(triton.next_power_of_2(x.shape[3]), 16))
-    scores = x.new_empty(p.batch, p.chunks, p.groups, p.launch.chunk, p.launch.chunk)
+    side = p.tiles.chunk // tile.rows
+    scores = x.new_empty(p.batch, p.chunks, p.groups, p.tiles.chunk, p.tiles.chunk)
     run(
         kernels.scores_kernel,
         p.batch * p.groups * p.chunks * (side * (side + 1) // 2),
@@ -188,10 +181,10 @@ def _scores(problem: _Problem, x: Tensor, y: Tensor, decay: Tensor) -> Tensor:
         p.chunks,
         x.shape[3],
         BM=tile.rows,
-        BD=depth,
+        BD=tile.depth,
         DECAYED=not shared,
         SUM_HEADS=shared and x.shape[2] != p.groups,
-        EVEN_M=x.shape[3] % depth == 0,
+        EVEN_M=x.shape[3] % tile.depth == 0,
         **p.options(tile, x),
     )
     return scores
@@ -203,13 +196,13 @@ def _apply(
     """scale * (x states) + scores z; `of` names the result: "o", "dv", "dq" or "dk"."""
     p = problem
     of_keys = of in ("dq", "dk")
-    tile = p.launch.keys if of_keys else p.launch.values
+    tile = p.tiles.keys if of_keys else p.tiles.values
     units, size = (p.groups, p.key_size) if of_keys else (p.heads, p.value_size)
     depth_size = p.value_size if of_keys else p.key_size
     out = x.new_empty(p.batch, p.tokens, units, size)
     run(
         kernels.apply_kernel,
-        p.batch * units * p.chunks * (p.launch.chunk // tile.rows) * triton.cdiv(size, tile.cols),
+        p.batch * units * p.chunks * (p.tiles.chunk // tile.rows) * triton.cdiv(size, tile.cols),
         x,
         states,
         scores,
@@ -266,7 +259,7 @@ def _decay_gradient(
         p.chunks,
         p.key_size,
         p.value_size,
-        C=p.launch.chunk,
+        C=p.tiles.chunk,
         BV=min(triton.next_power_of_2(p.value_size), 64),
         BS=2048,
         num_warps=8,
@@ -280,7 +273,7 @@ def _forward(
     p = problem
     final = torch.empty(p.batch, p.heads, p.key_size, p.value_size, dtype=torch.float32, device=v.device)
     states = _states(p, k, v, decay, initial, final, "forward")
-    scores = _scores(p, q, k, decay)
+    scores = _scores(p, q, k, decay, p.tiles.scores)
     return _apply(p, q, states, scores, v, decay, of="o"), final
 
 
@@ -303,8 +296,9 @@ def _backward(
     initial_grad = None if s.initial is None else torch.empty_like(s.initial)
     states = _states(p, s.k, s.v, s.decay, s.initial, None, "forward")
     state_grads = _states(p, s.q, out_grad, s.decay, final_grad, initial_grad, "backward")
-    v_grad = _apply(p, s.k, state_grads, _scores(p, s.q, s.k, s.decay), out_grad, s.decay, of="dv")
-    score_grads = _scores(p, out_grad, s.v, s.decay)
+    scores = _scores(p, s.q, s.k, s.decay, p.tiles.scores)
+    v_grad = _apply(p, s.k, state_grads, scores, out_grad, s.decay, of="dv")
+    score_grads = _scores(p, out_grad, s.v, s.decay, p.tiles.score_grads)
     q_grad = _apply(p, out_grad, states, score_grads, s.k, s.decay, of="dq")
     k_grad = _apply(p, s.v, state_grads, score_grads, s.q, s.decay, of="dk")
     decay_grad = None
@@ -315,27 +309,32 @@ def _backward(
     return q_grad, k_grad, v_grad, decay_grad, initial_grad
 
 
-def _compile(
-    problem: _Problem, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, with_gradient: tuple[bool, bool]
-) -> None:
-    """Compile all kernels of this class of problem at once, at its first use.
-
-    with_gradient: whether there will be a backward pass, and whether it covers log_decay.
-    """
+def _launches(
+    problem: _Problem, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, gradients: tuple[bool, bool]
+) -> list[Launch]:
+    """The different launches of a forward and, if gradients[0], a backward; gradients[1]: that of log_decay too."""
     p = problem
-    strides = tuple(stride % 16 == 0 for x in (q, k, v) for stride in _strides(x))
-    key = (v.device, v.dtype, strides, p.key_size, p.value_size, p.per_group > 1, p.per_token, p.launch, with_gradient)
-    if key in _compiled:
-        return
-    q, k, v, log_decay = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (q, k, v, log_decay))
-    with collecting() as calls:
+    q, k, v, log_decay = (
+        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (q, k, v, log_decay)
+    )
+    with collecting() as launches:
         decay = _decay(p, log_decay)
         output, final = _forward(p, q, k, v, decay, None)
-        if with_gradient[0]:
-            kept = (output, final) if with_gradient[1] else (None, None)
+        if gradients[0]:
+            kept = (output, final) if gradients[1] else (None, None)
             _backward(p, _Saved(q, k, v, decay, None, *kept), torch.empty_like(output), None)
-    compile_together(calls, key[0])
-    _compiled.add(key)
+    return list(launches.values())
+
+
+def _compile(
+    problem: _Problem, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, gradients: tuple[bool, bool]
+) -> None:
+    """Compile all kernels of this class of problem at once, at its first use."""
+    p = problem
+    aligned = tuple(stride % 16 == 0 for x in (q, k, v) for stride in _strides(x))
+    sizes = (p.key_size, p.value_size, p.per_group > 1, p.per_token, p.tiles)
+    key = ("decay_attention", v.device, v.dtype, aligned, sizes, gradients)
+    compile_once(key, lambda: _launches(p, q, k, v, log_decay, gradients))
 
 
 class _DecayAttention(torch.autograd.Function):
@@ -364,3 +363,38 @@ class _DecayAttention(torch.autograd.Function):
         out_grad = torch.zeros_like(saved.v) if out_grad is None else _rows_contiguous(out_grad)
         final_grad = None if final_grad is None else final_grad.contiguous()
         return _backward(ctx.problem, saved, out_grad, final_grad)
+
+
+_TYPES = {torch.float32: "*fp32:16", torch.bfloat16: "*bf16:16", torch.float16: "*fp16:16"}
+
+
+def _sm90_case(name: str, launch: Launch) -> Sm90Case:
+    kernel, options = launch.kernel, dict(launch.options)
+    warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
+    options.pop("maxnreg", None)
+    kinds = (
+        _TYPES[a.dtype] if isinstance(a, Tensor) else "i32:16" if a % 16 == 0 and a > 0 else "i32"
+        for a in launch.arguments
+    )
+    signature = dict(zip(kernel.arg_names, kinds, strict=False))
+    flags = "".join(str(int(value)) for value in options.values() if isinstance(value, bool))
+    needs_wgmma = "PRECISION" in options
+    return Sm90Case(f"{name}-{kernel.__name__}-{flags}", kernel, signature, options, warps, stages, needs_wgmma)
+
+
+def sm90_cases() -> Iterator[Sm90Case]:
+    """Every kernel of the shape classes of the rule: wide heads, square heads, SSD, odd sizes, float32."""
+    shapes = {
+        "wide": (1, 2, 2, 384, 1536, torch.bfloat16, "constant"),
+        "square": (1, 2, 2, 128, 128, torch.bfloat16, "constant"),
+        "ssd": (1, 4, 1, 128, 64, torch.bfloat16, "per token"),
+        "odd": (1, 2, 2, 100, 72, torch.float16, "per token"),
+        "float32": (1, 2, 2, 128, 128, torch.float32, "per token"),
+    }
+    for name, (batch, heads, groups, key_size, value_size, dtype, decay) in shapes.items():
+        q = torch.empty(batch, 512, groups, key_size, dtype=dtype, device="meta")
+        v = torch.empty(batch, 512, heads, value_size, dtype=dtype, device="meta")
+        log_decay = torch.empty((heads,) if decay == "constant" else v.shape[:3], device="meta")
+        problem = _Problem.of(q, v, log_decay)
+        for launch in _launches(problem, q, q, v, log_decay, (True, decay != "constant")):
+            yield _sm90_case(name, launch)

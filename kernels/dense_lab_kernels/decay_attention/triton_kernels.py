@@ -114,9 +114,10 @@ def states_kernel(
     y_ptr += batch * y_stride_b + head.to(tl.int64) * y_stride_h
     state_offset = (batch * H + head) * K * V
 
-    state = tl.load(initial_ptr + state_offset + tile, mask=tile_mask & (has_initial != 0), other=0.0)
+    initial_mask = (rows < K * has_initial)[:, None] & col_mask[None, :]
+    state = tl.load(initial_ptr + state_offset + tile, mask=initial_mask, other=0.0)
     n_steps = n_chunks * (C // BT)
-    for i in range(0, n_steps):
+    for i in range(n_steps):
         step = n_steps - 1 - i if REVERSED else i
         chunk = step // (C // BT)
         start = chunk * C
@@ -138,7 +139,8 @@ def states_kernel(
         y = tl.load(y_ptr + tokens[:, None] * y_stride_t + cols[None, :], mask=y_mask, other=0.0)
         x = (x.to(tl.float32) * weight[None, :]).to(x.dtype)
         state = tl.dot(x, y, state, input_precision=PRECISION)
-    tl.store(final_ptr + state_offset + tile, state, mask=tile_mask & (has_final != 0))
+    final_mask = (rows < K * has_final)[:, None] & col_mask[None, :]
+    tl.store(final_ptr + state_offset + tile, state, mask=final_mask)
 
 
 @triton.jit(do_not_specialize=["T", "H", "R", "n_chunks"])
@@ -197,7 +199,7 @@ def scores_kernel(
     depth_tiles = tl.cdiv(M, BD)
     total = tl.zeros([BM, BM], dtype=tl.float32)
     n_heads = R if SUM_HEADS else 1
-    for step in range(0, n_heads * depth_tiles):
+    for step in range(n_heads * depth_tiles):
         if SUM_HEADS:
             head = (group * R + step // depth_tiles).to(tl.int64)
             first = (step % depth_tiles) * BD
@@ -290,7 +292,7 @@ def apply_kernel(
     depth_tiles = tl.cdiv(M, BD)
     n_heads = R if sum_heads else 1
     out = tl.zeros([BM, BN], dtype=tl.float32)
-    for step in range(0, n_heads * depth_tiles):
+    for step in range(n_heads * depth_tiles):
         if sum_heads:
             head = own * R + step // depth_tiles
             first = (step % depth_tiles) * BD
@@ -341,8 +343,9 @@ def apply_kernel(
         if decay_p:
             e_j = _summed_decay(decay_ptr, batch, own, H, T, start, j, length, PER_TOKEN)
             gap = e_j[None, :] - e_i[:, None] if REVERSED else e_i[:, None] - e_j[None, :]
-            # Where P is zero the gap may be positive and large: zero times infinity must not arise.
-            p = (p.to(tl.float32) * tl.exp(tl.minimum(gap, 0.0))).to(z.dtype)
+            # Where P is zero the gap has the other sign and may be large: zero times infinity must not arise.
+            causal = j[None, :] >= i[:, None] if REVERSED else i[:, None] >= j[None, :]
+            p = (p.to(tl.float32) * tl.exp(tl.where(causal, gap, 0.0))).to(z.dtype)
         out = tl.dot(p, z, out, input_precision=PRECISION)
 
     out_ptr += ((batch * T + tokens) * units + own)[:, None] * N + cols[None, :]

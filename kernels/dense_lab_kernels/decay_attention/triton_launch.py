@@ -1,15 +1,13 @@
 """How the decay attention kernels are launched: tile sizes by rule, compilation side by side, no search.
 
-The rule (`launch_for`) was found with `benchmarks/ops_decay_attention.py --sweep`; its measurements are in
-docs/kernels/LOG.md. `using_launch` overrides it, for measuring.
+The rule was found with `benchmarks/ops_decay_attention.py --sweep`; what it measured is in docs/kernels/LOG.md.
+`using_tiles` overrides it, for measuring.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -17,82 +15,100 @@ from typing import Any
 import torch
 import triton
 
+from dense_lab_kernels._triton import Launch
+
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile of one kernel: `rows` x `cols` in registers, `depth` summed per step; warps and pipeline stages."""
+    """Tile of one kernel: `rows` x `cols` in registers, `depth` summed per step; warps and pipeline stages.
+
+    registers: most registers a thread may use, None for no limit; fewer let more programs share a processor.
+    """
 
     rows: int
     cols: int
     depth: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int | None]:
+        """The launch options among the choices."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
-class Launch:
+class Tiles:
     """All that the launch of one problem is free to choose.
 
     chunk: tokens per chunk. states: key x value tile, depth in tokens. scores: square tile of tokens, depth in key size
-    (and in value size for dA). values: tokens x value tile of o and dv. keys: tokens x key tile of dq and dk.
+    (for A; in value size for dA, which score_grads is for). values: tokens x value tile of o and dv. keys: tokens x key
+    tile of dq and dk.
     """
 
     chunk: int
     states: Tile
     scores: Tile
+    score_grads: Tile
     values: Tile
     keys: Tile
 
     def __post_init__(self) -> None:
-        # A row of scores is written up to the end of its own block only.
-        if self.scores.rows % self.values.rows or self.scores.rows % self.keys.rows or self.chunk % self.scores.rows:
-            raise ValueError(f"rows of values and keys must divide those of scores, and these the chunk: got {self}")
+        # A row of scores is written up to the end of its own block only, so no reader may have larger blocks.
+        for tile in (self.scores, self.score_grads):
+            if self.chunk % tile.rows or tile.rows % self.values.rows or tile.rows % self.keys.rows:
+                raise ValueError(f"rows of values and keys must divide rows of scores, and these the chunk: {self}")
 
 
-_override: ContextVar[Launch | None] = ContextVar("decay_attention_launch", default=None)
+_override: ContextVar[Tiles | None] = ContextVar("decay_attention_tiles", default=None)
 
 
 @contextlib.contextmanager
-def using_launch(launch: Launch | None) -> Iterator[None]:
-    """Within the block, calls use `launch` instead of the rule."""
-    token = _override.set(launch)
+def using_tiles(tiles: Tiles | None) -> Iterator[None]:
+    """Within the block, calls use `tiles` instead of the rule (None: the rule)."""
+    token = _override.set(tiles)
     try:
         yield
     finally:
         _override.reset(token)
 
 
-def launch_for(key_size: int, value_size: int, tokens: int, dtype: torch.dtype) -> Launch:
-    """The launch for one shape class: depends on sizes rounded up to powers of two, and on T only below a chunk."""
+def tiles_for(key_size: int, value_size: int, per_group: int, tokens: int, dtype: torch.dtype) -> Tiles:
+    """The tiles of one shape class: depends on sizes rounded up to powers of two, and on T only below a chunk."""
     override = _override.get()
     if override is not None:
         return override
     if dtype == torch.float32:
-        return _exact_launch(key_size, value_size, tokens)
+        return _float32_tiles(key_size, value_size, tokens)
     longest = 256 if key_size * value_size > 2**17 else 128
     chunk = _fit(tokens, longest)
     rows = min(chunk, 128)
     k_tile, v_tile = _fit(key_size, 128), _fit(value_size, 128)
-    depth = _fit(max(key_size, value_size), 64)
-    return Launch(
+    k_depth, v_depth = _fit(key_size, 64), _fit(value_size, 64)
+    # Sums over the heads of a group keep two tiles in registers, and scale one by the decay.
+    k_rows = min(rows, 64) if per_group > 1 else rows
+    return Tiles(
         chunk,
         states=Tile(k_tile, v_tile, min(chunk, 64), _warps(k_tile * v_tile), 3),
-        scores=Tile(rows, rows, _fit(key_size, 64), _warps(rows * rows), 3),
-        values=Tile(rows, v_tile, min(depth, _fit(key_size, 64)), _warps(rows * v_tile), 3),
-        keys=Tile(rows, k_tile, min(depth, _fit(value_size, 64)), _warps(rows * k_tile), 3),
+        scores=Tile(rows, rows, k_depth, _warps(rows * rows), 3),
+        score_grads=Tile(k_rows, k_rows, v_depth, _warps(k_rows * k_rows), 3),
+        values=Tile(k_rows, v_tile, k_depth, _warps(k_rows * v_tile), 3),
+        keys=Tile(k_rows, k_tile, v_depth, _warps(k_rows * k_tile), 3),
     )
 
 
-def _exact_launch(key_size: int, value_size: int, tokens: int) -> Launch:
-    """float32: products are three tf32 products, operands take twice the space, so tiles are small."""
+def _float32_tiles(key_size: int, value_size: int, tokens: int) -> Tiles:
+    """Products are three tf32 products and operands take twice the space, so tiles are small."""
     chunk = _fit(tokens, 64)
     k_tile, v_tile = _fit(key_size, 64), _fit(value_size, 64)
-    return Launch(
+    k_depth, v_depth = _fit(key_size, 32), _fit(value_size, 32)
+    return Tiles(
         chunk,
-        states=Tile(k_tile, v_tile, min(chunk, 32), 4, 2),
-        scores=Tile(chunk, chunk, _fit(key_size, 32), 4, 2),
-        values=Tile(chunk, v_tile, _fit(key_size, 32), 4, 2),
-        keys=Tile(chunk, k_tile, _fit(value_size, 32), 4, 2),
+        states=Tile(k_tile, v_tile, min(chunk, 32), 8, 2),
+        scores=Tile(chunk, chunk, k_depth, 4, 2),
+        score_grads=Tile(chunk, chunk, v_depth, 4, 2),
+        values=Tile(chunk, v_tile, k_depth, 4, 2),
+        keys=Tile(chunk, k_tile, v_depth, 4, 2),
     )
 
 
@@ -105,54 +121,26 @@ def _warps(elements: int) -> int:
     return 8 if elements > 8192 else 4
 
 
-@dataclass(frozen=True)
-class Call:
-    """One kernel launch."""
-
-    kernel: Any
-    programs: int
-    arguments: tuple[Any, ...]
-    options: tuple[tuple[str, Any], ...]
-
-    def binary(self) -> tuple[Any, ...]:
-        """What decides which binary serves the call, as far as this module needs to tell calls apart."""
-        kinds = (a.dtype if isinstance(a, torch.Tensor) else (a == 1, a % 16 == 0) for a in self.arguments)
-        return (self.kernel, *kinds, *self.options)
-
-
-_collected: ContextVar[list[Call] | None] = ContextVar("decay_attention_calls", default=None)
+_collected: ContextVar[dict[Any, Launch] | None] = ContextVar("decay_attention_launches", default=None)
 
 
 def run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     """Launch `kernel` on a one-dimensional grid; inside `collecting()` only note that it would be."""
-    calls = _collected.get()
-    if calls is None:
+    launches = _collected.get()
+    if launches is None:
         kernel[(programs,)](*arguments, **options)
-    else:
-        calls.append(Call(kernel, programs, arguments, tuple(options.items())))
+        return
+    # What decides which binary serves a launch, as far as launches of one problem differ in it.
+    kinds = (a.dtype if isinstance(a, torch.Tensor) else (a == 1, a % 16 == 0) for a in arguments)
+    launches[(kernel, *kinds, *options.items())] = Launch(kernel, arguments, options)
 
 
 @contextlib.contextmanager
-def collecting() -> Iterator[list[Call]]:
-    """Yield a list that fills with the calls that would be made within the block; nothing runs."""
-    calls: list[Call] = []
-    token = _collected.set(calls)
+def collecting() -> Iterator[dict[Any, Launch]]:
+    """Yield a dictionary that fills with the different launches of the calls made within the block; nothing runs."""
+    launches: dict[Any, Launch] = {}
+    token = _collected.set(launches)
     try:
-        yield calls
+        yield launches
     finally:
         _collected.reset(token)
-
-
-def compile_together(calls: Sequence[Call], device: torch.device) -> None:
-    """Compile and load what `calls` need, in parallel: the compiler runs outside the interpreter lock."""
-    wanted = {call.binary(): call for call in calls if isinstance(call.kernel, triton.JITFunction)}
-    if not wanted:
-        return
-
-    def build(call: Call) -> None:
-        compiled = call.kernel.warmup(*call.arguments, grid=(1,), **dict(call.options))
-        _ = compiled.run  # builds the launcher and loads the binary
-
-    workers = min(len(wanted), os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers, initializer=torch.cuda.set_device, initargs=(device,)) as pool:
-        list(pool.map(build, wanted.values()))
