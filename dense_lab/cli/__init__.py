@@ -1,0 +1,96 @@
+"""The command line: one file per command, imported when the command is run, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from dense_lab import __version__
+from dense_lab.errors import DenseLabError
+
+COMMANDS = {
+    "init": "Write a study to start from.",
+    "check": "Say whether a study is valid, and where it is not.",
+    "components": "List the installed components, or one in detail.",
+    "show": "What a study means: its space, parameters, FLOPs, state, time. Trains nothing.",
+    "train": "Train one run.",
+    "search": "Run a study, or go on with it.",
+    "status": "How a study is going.",
+    "report": "Leaderboard, plots and tables of a study.",
+    "plugins": "List the plugins and what each brought, or why it is left out.",
+    "schema": "Print the JSON Schema of studies, for editors.",
+    "sync": "Send to MLflow what it is missing of a study.",
+    "ui": "Browse a study's MLflow store.",
+}
+"""Name and one-line help of each command; its module is `dense_lab.cli.<name>`, its function `command`."""
+
+
+class _Commands(click.Group):
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"dense_lab.cli.{name}").command
+        return command
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from dense_lab.errors import did_you_mean
+
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(f"no command {args[0]!r}.{did_you_mean(args[0], COMMANDS)}", context)
+        return super().resolve_command(context, args)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dense-lab")
+@click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="FILE.py",
+    type=click.Path(path_type=Path),
+    help="Load a plugin from a loose file. May be given several times.",
+)
+def group(plugins: tuple[Path, ...]) -> None:
+    """Architecture search and ablation of dense hidden connections in state-space language models.
+
+    Exit codes: 0 ok, 1 a run failed, 2 bad input, 3 something is wrong with the machine.
+    """
+    if plugins:
+        from dense_lab import registry
+
+        registry.set_default(registry.load(tuple(path.resolve() for path in plugins)))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of the `dense-lab` command; exits."""
+    try:
+        group.main(args, prog_name="dense-lab", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough.
+        sys.stderr.close()
+        sys.exit(0)
+    except DenseLabError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(0)

@@ -1,0 +1,38 @@
+"""`dense-lab check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dense_lab.cli import options
+
+
+@click.command("check")
+@options.study_argument
+@options.overrides
+@options.as_json
+def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say whether STUDY.yaml is valid, and if not, where and why.
+
+    Every option of every choice is checked, and every architecture is sized without being allocated.
+    """
+    from dense_lab.errors import InputError
+
+    problems = []
+    try:
+        loaded = options.load_study(study, overrides)
+        loaded.check_sizes()
+    except InputError as error:
+        if not as_json:
+            raise
+        problems = [{"where": p.where, "path": p.path, "message": p.message} for p in error.problems]
+    if as_json:
+        options.print_json({"study": str(study), "valid": not problems, "problems": problems})
+    else:
+        size = loaded.size()
+        points = "1 run" if not loaded.space else f"{size} points" if size else "a continuous space"
+        options.console().print(f"{study}: ok, {len(loaded.space)} open values, {points}")
+    if problems:
+        raise click.exceptions.Exit(2)

@@ -1,0 +1,91 @@
+"""Options that several commands share, and how they print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dense_lab.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dense_lab.space import Study
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+study_argument = click.argument("study", type=click.Path(path_type=Path), metavar="STUDY.yaml")
+overrides = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Override one value of the study, such as `--set train.tokens=500k`. May be given several times.",
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+runs = click.option(
+    "--runs",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("runs"),
+    envvar="DENSE_LAB_RUNS",
+    show_default=True,
+    help="Folder that holds one folder for each study. Also $DENSE_LAB_RUNS.",
+)
+device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+
+
+def load_study(path: Path, overrides: Sequence[str]) -> Study:
+    """The study of a YAML file with `--set` overrides applied; raises InputError."""
+    from dense_lab.space import Study
+
+    pairs = []
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise InputError(f"--set {text}: expected PATH=VALUE, such as train.tokens=500k")
+        pairs.append((key.strip(), value))
+    return Study.load(path, pairs)
+
+
+def study_folder(study: Path, runs: Path) -> Path:
+    """The folder of a study given by name, by its YAML file, or by its folder; raises InputError when there is none."""
+    if study.is_dir() and (study / "manifest.json").exists():
+        return study
+    name = study.stem if study.suffix in {".yaml", ".yml"} else study.name
+    if study.suffix in {".yaml", ".yml"} and study.exists():
+        name = load_study(study, ()).name
+    folder = runs / name
+    if not (folder / "manifest.json").exists():
+        known = sorted(p.parent.name for p in runs.glob("*/manifest.json"))
+        listed = f" Studies there: {', '.join(known)}" if known else ""
+        raise InputError(f"no study {name!r} in {runs}: `dense-lab search` starts one.{listed}")
+    return folder
+
+
+def console() -> Console:
+    """Where text goes."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """`value` as indented JSON on standard output."""
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> None:
+    """A table; columns named in `right` are right-aligned."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console().print(table)

@@ -1,0 +1,122 @@
+"""`dense-lab show`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dense_lab.cli import options
+
+if TYPE_CHECKING:
+    from dense_lab.space import Parameter, Study
+
+EFFICIENCY = 0.1
+"""Part of the matrix-product rate that small models reach in training: an order of magnitude, not a promise."""
+
+
+@click.command("show")
+@options.study_argument
+@options.overrides
+@options.as_json
+def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """What STUDY.yaml means: its open values, and the size of the architectures they give. Trains nothing.
+
+    Each option of each choice is sized once, the others at their first option, on the meta device.
+    """
+    loaded = options.load_study(study, overrides)
+    rows = [_sized(loaded, label, params) for label, params in _corners(loaded)]
+    seconds = _seconds(rows, loaded)
+    if as_json:
+        space = [parameter.describe() for parameter in loaded.space]
+        told = {"name": loaded.name, "digest": loaded.digest(), "space": space, "points": loaded.size()}
+        options.print_json({**told, "architectures": rows, "estimated_seconds": seconds})
+        return
+    from dense_lab.units import human
+
+    _print_space(loaded)
+    columns = ("architecture", "parameters", "without embedding", "FLOPs/token", "state bytes")
+    cells = (
+        (r["label"], human(r["parameters"]), human(r["non_embedding"]), human(r["flops_per_token"]), human(r["state_bytes"]))
+        for r in rows
+    )
+    options.print_table("Architectures (others at their first option)", columns, cells, right=columns[1:])
+    trials = loaded.search.trials if loaded.space else 1
+    options.console().print(
+        f"{trials} trials of {human(rows[0]['tokens'])} tokens: roughly {_duration(seconds)} on this machine's "
+        f"processor, one after the other"
+    )
+
+
+def _corners(study: Study) -> list[tuple[str, dict[str, Any]]]:
+    """(label, values of the choices) of the first point and of each other option once."""
+    if not study.space:
+        return [(study.name, {})]
+    found: list[tuple[str, dict[str, Any]]] = []
+    for point in study.covering():
+        label = ", ".join(f"{path.split('.')[-1]}={value}" for path, value in point.items())
+        found.append((label, point))
+    return found
+
+
+def _sized(study: Study, label: str, params: dict[str, Any]) -> dict[str, Any]:
+    from dense_lab.model import count
+
+    run = study.point(params)
+    counts = count(run.model, run.data.vocabulary())
+    return {
+        "label": label,
+        "params": params,
+        "parameters": counts.parameters,
+        "non_embedding": counts.parameters - counts.embedding_parameters,
+        "flops_per_token": counts.flops_per_token,
+        "state_bytes": counts.state_bytes,
+        "tokens": run.train.tokens,
+    }
+
+
+def _seconds(rows: list[dict[str, Any]], study: Study) -> float:
+    """Of the whole study: forward and backward are 3 x the forward FLOPs, at EFFICIENCY of the measured rate."""
+    rate = _matrix_rate() * EFFICIENCY
+    mean = sum(3 * row["flops_per_token"] * row["tokens"] for row in rows) / len(rows)
+    return mean / rate * (study.search.trials if study.space else 1)
+
+
+def _matrix_rate() -> float:
+    """FLOPs per second of a 1024 x 1024 matrix product in fp32 on this machine's processor."""
+    import torch
+
+    a = torch.randn(1024, 1024)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _print_space(study: Study) -> None:
+    if not study.space:
+        options.console().print(f"{study.name}: a single run")
+        return
+    size = study.size()
+    options.print_table(
+        f"{study.name}: {f'{size} points' if size else 'continuous'}, {study.search.trials} trials by {study.search.sampler}",
+        ("open value", "options"),
+        ((parameter.path, _options(parameter)) for parameter in study.space),
+    )
+
+
+def _options(parameter: Parameter) -> str:
+    described = parameter.describe()
+    if "labels" in described:
+        return ", ".join(str(label) for label in described["labels"])
+    return f"{described['low']} to {described['high']}" + (" (log)" if described.get("log") else "")

@@ -1,0 +1,56 @@
+"""`dense-lab train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dense_lab.cli import options
+
+if TYPE_CHECKING:
+    from dense_lab.training import Evaluation
+
+
+@click.command("train")
+@options.study_argument
+@options.overrides
+@options.device
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the run [runs/NAME/single].")
+@options.runs
+@options.as_json
+def command(
+    study: Path, overrides: tuple[str, ...], device: str, out: Path | None, runs: Path, as_json: bool
+) -> None:
+    """Train the one run that STUDY.yaml describes; run it again to go on after an interruption.
+
+    Open values must be closed with --set. Use `search` for studies.
+    """
+    from dense_lab.errors import InputError
+
+    loaded = options.load_study(study, overrides)
+    if loaded.space:
+        paths = ", ".join(parameter.path for parameter in loaded.space)
+        raise InputError(f"{study} leaves these open: {paths}. Close them with --set PATH=VALUE, or use `search`")
+    spec = loaded.point({})
+    from dense_lab.training import train
+    from dense_lab.units import human
+
+    folder = out or runs / loaded.name / "single"
+    console = options.console()
+
+    def tell(evaluation: Evaluation) -> None:
+        if not as_json:
+            loss, speed = evaluation.metrics["valid/loss"], evaluation.metrics.get("tokens_per_second", 0.0)
+            done = f"{human(evaluation.tokens)} of {human(spec.train.tokens)} tokens"
+            console.print(f"step {evaluation.step:>6}  {done}  valid/loss {loss:.4f}  {human(speed)} tokens/s")
+
+    if not as_json:
+        console.print(f"training {spec.digest()} into {folder}")
+    result = train(spec, folder, device=device, on_evaluation=tell)
+    if as_json:
+        options.print_json({"folder": str(folder), "metrics": result.metrics, "tags": result.tags})
+        return
+    rows = ((name, f"{value:.6g}") for name, value in sorted(result.metrics.items()))
+    options.print_table(f"{loaded.name} on {result.tags['device']}", ("metric", "value"), rows, right=("value",))
