@@ -1,4 +1,4 @@
-"""What a study says once every open value is closed (RunSpec), and how to search over them (SearchSpec).
+"""What a study says once every open value is closed (RunSpec, StudySpec), and how to search over them (SearchSpec).
 
 Names of numbers carry their unit: losses are nats per token, sizes count tokens or parameters, times are seconds.
 """
@@ -7,16 +7,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from dense_lab.components import DataSlot, Spec
+from dense_lab.components import Component, DataSlot, Spec
+from dense_lab.errors import did_you_mean
 from dense_lab.model import ModelSpec
-from dense_lab.units import Count, Fraction, Positive, Size
+from dense_lab.registry import Registry
+from dense_lab.units import Count, Fraction, NonNegative, Positive, Size
 
 GRAMMAR = 1
 """Version of the study grammar, the value of the key `dense_lab`."""
+CURVES = ("valid/loss", "valid/accuracy", "train/loss")
+"""Metrics known at every evaluation, by which a trial may be pruned."""
+METRICS = (
+    *CURVES,
+    "valid/loss_best",
+    "tokens_per_second",
+    "step_seconds",
+    "peak_memory_bytes",
+    "parameters",
+    "embedding_parameters",
+    "flops_per_token",
+    "state_bytes",
+    "seconds",
+)
+"""Metrics that a search may go by; the test split is not among them."""
 
 
 class TrainSpec(Spec):
@@ -31,20 +49,20 @@ class TrainSpec(Spec):
     lr: Positive = 3e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    """After warm-up: cosine or linear to lr_end, constant, or constant then linear to lr_end in the last `decay` (wsd)."""
+    """After warm-up: cosine or linear to lr_end; constant; wsd: constant, then linear to lr_end in the last `decay`."""
     warmup: Fraction = 0.02
     """Fraction of the steps in which the learning rate rises linearly from zero."""
     decay: Fraction = 0.2
     """Fraction of the steps in which `wsd` decays."""
     lr_end: Fraction = 0.1
     """Last learning rate as a fraction of the peak."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: NonNegative = 0.1
     """On matrices only: never on embeddings, norms, biases, or what a core declares undecayed (Mamba's A and D)."""
     beta1: Fraction = 0.9
     """AdamW's first moment."""
     beta2: Fraction = 0.95
     """AdamW's second moment."""
-    clip: Positive | None = 1.0
+    clip: Annotated[Positive | None, BeforeValidator(lambda value: None if value == "none" else value)] = 1.0
     """Largest global gradient norm; none for no clipping."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the forward and backward pass; auto is bf16 on a GPU and fp32 elsewhere. Weights stay in fp32."""
@@ -69,9 +87,9 @@ class RunSpec(Spec):
     """The architecture."""
     train: TrainSpec = TrainSpec()
     """How it is trained."""
-    seed: int = Field(0, ge=0)
+    seed: Size = 0
     """Of the initial weights and of the order of the data, by generators that are independent of each other."""
-    kernels: dict[str, str] = {}
+    kernels: dict[str, str] = Field(default_factory=dict)
     """Implementation by operation, such as `{decay_attention: reference}`; auto where nothing is said."""
 
     @model_validator(mode="before")
@@ -102,6 +120,11 @@ class Objective(Spec):
     def _one_direction(self) -> Objective:
         if (self.minimize is None) == (self.maximize is None):
             raise ValueError("give exactly one of `minimize` and `maximize`")
+        if self.metric.startswith("test/"):
+            raise ValueError(f"{self.metric!r} cannot be an objective: the test split has no part in selection")
+        if self.metric not in METRICS:
+            hint = did_you_mean(self.metric, METRICS)
+            raise ValueError(f"no metric named {self.metric!r}.{hint} Metrics: {', '.join(METRICS)}")
         return self
 
     @property
@@ -124,9 +147,9 @@ class SearchSpec(Spec):
     """Trials in all, resumed ones included."""
     pruner: Literal["none", "median", "asha"] = "none"
     """When a trial is stopped early, judged by the objective at evaluations; single objective only."""
-    objective: tuple[Objective, ...] = (Objective(minimize="valid/loss"),)
+    objective: Annotated[tuple[Objective, ...], Field(min_length=1)] = (Objective(minimize="valid/loss"),)
     """One, or several for a Pareto front."""
-    seed: int = Field(0, ge=0)
+    seed: Size = 0
     """Of the sampler."""
 
     @model_validator(mode="before")
@@ -140,4 +163,53 @@ class SearchSpec(Spec):
     def _pruning_needs_one(self) -> SearchSpec:
         if self.pruner != "none" and len(self.objective) > 1:
             raise ValueError(f"pruner {self.pruner!r} needs a single objective: Optuna prunes by one value")
+        if self.pruner != "none" and self.objective[0].metric not in CURVES:
+            known = ", ".join(CURVES)
+            raise ValueError(f"pruner {self.pruner!r} needs an objective that is known while a trial runs: {known}")
         return self
+
+
+class BudgetSpec(Spec):
+    """A size that every arm is brought to, so that architectures are compared and not sizes."""
+
+    params: Count
+    """Parameters that each model should have."""
+    count: Literal["non_embedding", "all"] = "non_embedding"
+    """What is counted: everything but the embedding and an untied head, so that vocabulary and width do not blur the
+    comparison (Kaplan et al. 2020, section 2.1), or everything."""
+    tolerance: Fraction = 0.05
+    """Largest relative difference; a core whose width comes in multiples of s cannot do better than about s / width."""
+    solve: Literal["width"] = "width"
+    """What is chosen to meet the budget: `model.width`, which a study with a budget leaves out."""
+
+
+class StudySpec(RunSpec):
+    """A study, closed at one point: a run, and how it was found."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Of the study, of its folder and of its experiment in MLflow; by default the file's name without `.yaml`."""
+    budget: BudgetSpec | None = None
+    """The size of every model; without it widths are as written."""
+    search: SearchSpec = SearchSpec()
+    """How open values are chosen; without open values there is one run."""
+
+    def run(self) -> RunSpec:
+        """The run alone."""
+        return RunSpec.model_construct(**{name: getattr(self, name) for name in RunSpec.model_fields})
+
+
+def components_of(spec: Spec) -> Iterator[Component]:
+    """Every component within `spec`, itself included, from the outside in."""
+    if isinstance(spec, Component):
+        yield spec
+    for name in type(spec).model_fields:
+        value = getattr(spec, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Spec):
+                yield from components_of(item)
+
+
+def plugins_used(spec: Spec, registry: Registry) -> dict[str, str]:
+    """Versions of the plugins that brought the components of `spec`, by name."""
+    owners = [registry.owner(component.slot, component.kind_name()) for component in components_of(spec)]
+    return {plugin.name: plugin.version for plugin in sorted(owners, key=lambda plugin: plugin.name)}

@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 _FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12, "%": 0.01}
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([kKMGBT%]?)")
@@ -17,6 +18,9 @@ def number(value: Any) -> Any:
     Whole results are ints, so that `2M` may stand where an integer is asked for. `010` is not a number but a string
     in YAML 1.2 only if quoted; here both read as ten.
     """
+    if isinstance(value, bool):
+        # Python counts True as 1; in a study it is a slip.
+        raise PydanticCustomError("number", "expected a number, got {got}", {"got": str(value).lower()})
     if not isinstance(value, str):
         return value
     match = _NUMBER.fullmatch(value.strip())
@@ -41,7 +45,9 @@ Count = Annotated[int, BeforeValidator(number), Field(gt=0)]
 """A positive whole number; accepts units."""
 Size = Annotated[int, BeforeValidator(number), Field(ge=0)]
 """A whole number, zero allowed; accepts units."""
-Positive = Annotated[float, BeforeValidator(number), Field(gt=0)]
+Positive = Annotated[float, BeforeValidator(number), Field(gt=0, allow_inf_nan=False)]
 """A number above zero; accepts units."""
+NonNegative = Annotated[float, BeforeValidator(number), Field(ge=0, allow_inf_nan=False)]
+"""A number from zero up; accepts units."""
 Fraction = Annotated[float, BeforeValidator(number), Field(ge=0, le=1)]
 """A number from 0 to 1; accepts `%`."""
