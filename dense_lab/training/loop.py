@@ -1,0 +1,196 @@
+"""The training loop: a token budget, evaluations on the way, a record of all of it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dense_lab import registry as registries
+from dense_lab.components import Data
+from dense_lab.corpus import Corpus
+from dense_lab.errors import InputError, MachineError
+from dense_lab.model import LanguageModel, check_sizes, count
+from dense_lab.results import last_line
+from dense_lab.study import RunSpec, plugins_used
+from dense_lab.training import checkpoint, provenance
+from dense_lab.training.checkpoint import Progress
+from dense_lab.training.device import (
+    Place,
+    choose_place,
+    out_of_memory,
+    peak_memory_bytes,
+    reset_peak_memory,
+    resolve_threads,
+)
+from dense_lab.training.evaluate import evaluate
+from dense_lab.training.optimizer import build_optimizer
+from dense_lab.training.outcome import Evaluation, Pruned, Result, TrialFailed
+from dense_lab.training.record import METRICS, Recorder
+from dense_lab.training.schedule import learning_rate, plan
+from dense_lab.training.step import EagerStep, StepClock, StepFunction, StepOutput
+
+OnEvaluation = Callable[[Evaluation], None]
+
+
+def train(
+    spec: RunSpec,
+    folder: Path,
+    *,
+    device: str = "auto",
+    on_evaluation: OnEvaluation | None = None,
+    registry: registries.Registry | None = None,
+    threads: int | None = None,
+) -> Result:
+    """Train the run that `spec` describes, record it in `folder`, and go on from its checkpoint if there is one.
+
+    A run that is complete already is not trained again. `on_evaluation` may raise `Pruned`: the result then says so.
+    `threads` are torch's CPU threads.
+
+    Raises InputError (the spec does not fit together, or `folder` holds another run), MachineError (no such device, no
+    network), TrialFailed (loss not a number, out of memory, a component raised). A failure is in result.json as well.
+    """
+    place = choose_place(device, spec.train.precision)
+    resolve_threads(threads)
+    plugins = plugins_used(spec, registry or registries.default())
+    recorder = Recorder(folder)
+    recorder.begin(spec, plugins)
+    stored = recorder.result()
+    if stored is not None and stored.status == "complete":
+        return stored
+    generators = [place.device] if place.device.type == "cuda" else []
+    run: Run | None = None
+    try:
+        with torch.random.fork_rng(devices=generators):
+            run = Run(spec, plugins, place, recorder)
+            run.train(on_evaluation)
+            return recorder.end("complete", "", run.metrics(), run.tags())
+    except Pruned as error:
+        assert run is not None  # Only on_evaluation raises it.
+        return recorder.end("pruned", str(error) or "pruned", run.metrics(), run.tags())
+    except MachineError:
+        raise  # The run is not at fault, and may succeed once the machine has what it lacks.
+    # The isolation boundary: whatever a component does, the study goes on and the record says what happened.
+    except Exception as error:
+        reason = _reason(error, run)
+        recorder.end("failed", reason, run.metrics() if run else {}, run.tags() if run else {})
+        if isinstance(error, (InputError, TrialFailed)):
+            raise
+        raise TrialFailed(reason) from error
+
+
+def _reason(error: Exception, run: Run | None) -> str:
+    if isinstance(error, (InputError, TrialFailed)):
+        return str(error)
+    text = " ".join(str(error).split())
+    what = f"out of memory ({text})" if out_of_memory(error) else f"{type(error).__name__}: {text}"
+    return f"{what}; {run.last_good()}" if run else what
+
+
+@functools.lru_cache(maxsize=2)
+def _prepared(data: Data) -> Corpus:
+    """Trials of one study that run in one process share their corpus."""
+    return data.prepare()
+
+
+class Run:
+    """One run in progress."""
+
+    def __init__(self, spec: RunSpec, plugins: dict[str, str], place: Place, recorder: Recorder):
+        self.spec, self.plugins, self.place, self.recorder = spec, plugins, place, recorder
+        self.corpus = _prepared(spec.data)
+        self.plan = plan(spec.train, self.corpus.seq_len)
+        check_sizes(spec.model, self.corpus.vocab_size)
+        self.model: LanguageModel = spec.model.build(self.corpus.vocab_size).initialise(spec.seed).to(place.device)
+        self.model.kernels = spec.kernels
+        self.optimizer = build_optimizer(self.model, spec.train)
+        self.step: StepFunction = EagerStep(
+            self.model, self.optimizer, place, self.plan.micro_size, spec.train.clip
+        )
+        torch.manual_seed(spec.seed)  # Dropout alone draws from it; weights and batches have generators of their own.
+        self.checkpoint = recorder.folder / "checkpoint"
+        self.progress = checkpoint.load(self.checkpoint, self.model, self.optimizer) or Progress()
+        recorder.keep_until(self.progress.step)
+        reset_peak_memory(place.device)
+        self._began = time.perf_counter() - self.progress.seconds
+
+    def train(self, on_evaluation: OnEvaluation | None) -> None:
+        """Train to the end of the budget and test."""
+        progress, schedule = self.progress, self.plan
+        batches = self.corpus.train_batches(schedule.batch_size, self.spec.seed, skip=progress.step)
+        clock = StepClock(self.place.device)
+        loss, since = torch.zeros((), device=self.place.device), progress.step
+        while progress.step < schedule.steps:
+            batch = next(batches)
+            progress.batches = provenance.chained(progress.batches, batch)
+            lr = learning_rate(self.spec.train, progress.step + 1, schedule.steps)
+            output = self.step(batch, lr)
+            loss += output.loss
+            progress.step += 1
+            clock.lap()
+            if progress.step in schedule.logs:
+                self._look(loss / (progress.step - since), output, lr, clock, on_evaluation)
+                loss.zero_()
+                since = progress.step
+                clock.restart()
+        self._test()
+
+    def _look(
+        self, loss: Tensor, output: StepOutput, lr: float, clock: StepClock, on_evaluation: OnEvaluation | None
+    ) -> None:
+        """Write down and check the training loss; evaluate and save where the plan says so."""
+        progress, step = self.progress, self.progress.step
+        found = {"train/loss": loss.item(), "train/lr": lr, "train/gradient_norm": output.gradient_norm.item()}
+        self._check(found["train/loss"], "train/loss")
+        if (seconds := clock.median()) is not None:
+            found |= {"tokens_per_second": self.plan.tokens_per_step / seconds, "step_seconds": seconds}
+        if step in self.plan.evaluations:
+            found |= self._evaluate("valid", self.spec.train.valid_tokens)
+            best = progress.metrics.get("valid/loss_best", math.inf)
+            found["valid/loss_best"] = min(best, found["valid/loss"])
+        progress.metrics |= found
+        progress.seconds = time.perf_counter() - self._began
+        tokens = step * self.plan.tokens_per_step
+        self.recorder.add({"step": step, "tokens": tokens, "seconds": progress.seconds, **found})
+        if step in self.plan.checkpoints or step == self.plan.steps:
+            checkpoint.save(self.checkpoint, self.model, self.optimizer, progress)
+        if step in self.plan.evaluations and on_evaluation is not None:
+            on_evaluation(Evaluation(step, tokens, progress.seconds, dict(progress.metrics)))
+
+    def _evaluate(self, split: str, tokens: int) -> dict[str, float]:
+        found = evaluate(self.model, self.corpus, split, self.plan.micro_size, tokens, self.place)  # type: ignore[arg-type]
+        self._check(found[f"{split}/loss"], f"{split}/loss")
+        return found
+
+    def _test(self) -> None:
+        if self.spec.train.test_tokens and self.corpus.tokens("test") != 0:
+            self.progress.metrics |= self._evaluate("test", self.spec.train.test_tokens)
+        self.progress.seconds = time.perf_counter() - self._began
+
+    def _check(self, loss: float, name: str) -> None:
+        if not math.isfinite(loss):
+            raise TrialFailed(
+                f"{name} is {loss} at step {self.progress.step} of {self.plan.steps} (lr {self.spec.train.lr:g}); "
+                f"{self.last_good()}"
+            )
+
+    def last_good(self) -> str:
+        """The last step known to be sound, in words."""
+        line = last_line(self.recorder.folder / METRICS)
+        return f"last good step {line['step']}, train/loss {line['train/loss']:.4g}" if line else "no step before was good"
+
+    def metrics(self) -> dict[str, float]:
+        """Final values of everything measured, sizes of the model included."""
+        sizes = count(self.spec.model, self.corpus.vocab_size)._asdict()
+        memory = {"peak_memory_bytes": peak_memory_bytes(self.place.device)}
+        return {**self.progress.metrics, **sizes, **memory, "seconds": self.progress.seconds}
+
+    def tags(self) -> dict[str, str]:
+        """See `provenance.tags`."""
+        known = provenance.tags(self.spec, self.plugins, self.corpus, self.model, self.place)
+        return known | {"batches": self.progress.batches}

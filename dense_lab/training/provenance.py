@@ -1,0 +1,51 @@
+"""Where a run's numbers come from: code, data, machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+
+import torch
+
+from dense_lab.corpus import Batch, Corpus
+from dense_lab.model import LanguageModel
+from dense_lab.study import RunSpec
+from dense_lab.training.device import Place
+
+
+def commit() -> str:
+    """Git commit of the project in the current folder, `-dirty` when files differ from it; else `unknown`."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def chained(digest: str, batch: Batch) -> str:
+    """sha256 over the previous digest and a batch, so that a resumed run needs no more than the digest."""
+    running = hashlib.sha256(digest.encode())
+    for part in batch:
+        running.update(part.contiguous().numpy().data)
+    return running.hexdigest()
+
+
+def tags(spec: RunSpec, plugins: dict[str, str], corpus: Corpus, model: LanguageModel, place: Place) -> dict[str, str]:
+    """What describes a run, for filters and for repeating it."""
+    return {
+        "seed": str(spec.seed),
+        "spec": spec.digest(plugins),
+        "data": corpus.fingerprint,
+        "commit": commit(),
+        "plugins": ",".join(f"{name}={version}" for name, version in plugins.items()),
+        "device": place.describe(),
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "implementations": ",".join(f"{name}={impl}" for name, impl in sorted(getattr(model, "ran", {}).items())),
+        "host": platform.node(),
+        "pid": str(os.getpid()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
