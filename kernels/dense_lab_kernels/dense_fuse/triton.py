@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, processors, unsupported_place
+from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, processors, sigmoid, unsupported_place
 
 __all__ = ["dense_fuse", "sm90_cases", "unsupported"]
 
@@ -42,9 +42,9 @@ def _write(pointer, width, row, column, mask, value):
 @triton.jit
 def _activate(gate, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
-        gate = gate * tl.sigmoid(gate)
+        gate = gate * sigmoid(gate)
     elif ACTIVATION == "sigmoid":
-        gate = tl.sigmoid(gate)
+        gate = sigmoid(gate)
     return gate
 
 
@@ -54,16 +54,16 @@ def _activate_slope(gate, ACTIVATION: tl.constexpr):
     value = gate
     slope = tl.full(gate.shape, 1.0, tl.float32)
     if ACTIVATION == "silu":
-        open_ = tl.sigmoid(gate)
+        open_ = sigmoid(gate)
         value = gate * open_
         slope = open_ + value * (1.0 - open_)
     elif ACTIVATION == "sigmoid":
-        value = tl.sigmoid(gate)
+        value = sigmoid(gate)
         slope = value * (1.0 - value)
     return value, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
     own,
     sources,  # m pointers
@@ -106,7 +106,7 @@ def _forward(
     _write(out, width, row, column, mask, fused)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     grad,
     own,
