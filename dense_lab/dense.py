@@ -32,6 +32,8 @@ class DenseSpec(Spec):
     """Which earlier layers."""
     transition: TransitionSlot = "gated"  # type: ignore[assignment]
     """phi: projection x gate of what is read."""
+    site_transitions: dict[str, TransitionSlot] = {}
+    """phi of single sites where it differs from `transition`: the released DenseRetNets gate k and v unlike."""
     fusion: FusionSlot = "add"  # type: ignore[assignment]
     """How it joins the layer's own stream."""
     norm: Literal["none", "rmsnorm"] = "rmsnorm"
@@ -52,24 +54,25 @@ class DenseSpec(Spec):
     def chosen_sites(self, streams: Sequence[Stream]) -> tuple[Stream, ...]:
         """The streams of a core that are connected; raises InputError for a name the core does not offer."""
         offered = {stream.name: stream for stream in streams if stream.dense}
-        if self.sites == "all":
-            return tuple(offered.values())
-        for name in self.sites:
-            if name not in offered:
-                raise InputError(
-                    f"sites: no dense-able stream {name!r}.{did_you_mean(name, offered)} This core has: {', '.join(offered)}"
-                )
-        return tuple(offered[name] for name in self.sites)
+        sites = tuple(offered) if self.sites == "all" else self.sites
+        for key, names, known in (("sites", sites, offered), ("site_transitions", self.site_transitions, sites)):
+            for name in names:
+                if name not in known:
+                    raise InputError(
+                        f"{key}: no dense-able stream {name!r}.{did_you_mean(name, known)} There are: {', '.join(known)}"
+                    )
+        return tuple(offered[name] for name in sites)
 
 
 class DenseConnection(nn.Module):
     """The dense connection of one site of one layer: own stream and sources in, fused stream out."""
 
-    def __init__(self, spec: DenseSpec, x_width: int, width: int, source_widths: Sequence[int], eps: float):
+    def __init__(self, spec: DenseSpec, site: Stream, x_width: int, source_widths: Sequence[int], eps: float):
         super().__init__()
-        self.transition = spec.transition.build(x_width, source_widths, width)
-        self.fusion = spec.fusion.build(x_width, width, len(source_widths))
-        self.norm = nn.RMSNorm(width, eps) if spec.norm == "rmsnorm" else None
+        transition = spec.site_transitions.get(site.name, spec.transition)
+        self.transition = transition.build(x_width, source_widths, site.width)
+        self.fusion = spec.fusion.build(x_width, site.width, len(source_widths))
+        self.norm = nn.RMSNorm(site.width, eps) if spec.norm == "rmsnorm" else None
 
     def forward(self, x: Tensor, own: Tensor, sources: Sequence[Tensor]) -> Tensor:
         """x [B, T, x_width] is the layer's input, own [B, T, W], sources [B, T, source width] each; gives [B, T, W]."""

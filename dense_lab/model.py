@@ -150,8 +150,7 @@ class LanguageModel(nn.Module):
                 sources = [site.width]
             else:
                 continue
-            connection = DenseConnection(dense, self.spec.width, site.width, sources, self.spec.norm_eps)
-            block.dense[site.name] = connection
+            block.dense[site.name] = DenseConnection(dense, site, self.spec.width, sources, self.spec.norm_eps)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V] of input_ids [B, T], from the zero state."""
@@ -181,8 +180,9 @@ class LanguageModel(nn.Module):
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per scored position; targets [B, T], IGNORED where nothing is scored."""
-        logits = self.head(self.features(inputs)[0])
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+        logits = self.head(self.features(inputs)[0]).flatten(0, 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
 
     def initialise(self, seed: int) -> LanguageModel:
         """Draw every weight from a generator of its own, seeded by (seed, name of the module).

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from dense_lab.components import Component
+    from dense_lab.interop import CheckpointReader
 
 GROUP = "dense_lab"
 BLOCK_VARIABLE = "DENSE_LAB_BLOCK_PLUGINS"
@@ -56,12 +57,25 @@ class KernelLibrary(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A model by name, such as one of a paper."""
+
+    name: str
+    summary: str
+    model: Mapping[str, Any]
+    """What may stand under `model:`, plain data."""
+    plugin: Plugin
+
+
 class Registry:
     """Components by slot and kind."""
 
     def __init__(self) -> None:
         self.plugins: list[Plugin] = []
         self.kernels: list[KernelLibrary] = []
+        self.presets: dict[str, Preset] = {}
+        self.checkpoint_readers: dict[str, CheckpointReader] = {}
         self._components: dict[str, dict[str, type[Component]]] = {}
         self._owner: dict[tuple[str, str], Plugin] = {}
 
@@ -103,6 +117,7 @@ class Registry:
             slot, kind = name.split("/")
             del self._components[slot][kind], self._owner[slot, kind]
         plugin.components.clear()
+        self.presets = {name: preset for name, preset in self.presets.items() if preset.plugin is not plugin}
 
     @contextmanager
     def kernel_session(self, implementations: Mapping[str, str]) -> Iterator[dict[str, str]]:
@@ -132,6 +147,17 @@ class Registrar:
     def kernels(self, library: KernelLibrary) -> None:
         """Register a library of operations whose implementations can be chosen and recorded."""
         self._registry.kernels.append(library)
+
+    def preset(self, name: str, summary: str, model: Mapping[str, Any]) -> None:
+        """Register a model that studies may name with `model: {preset: name}`; raises InputError for a name taken."""
+        taken = self._registry.presets.get(name)
+        if taken is not None:
+            raise InputError(f"preset {name!r} is claimed by {self._plugin.name} and by {taken.plugin.name}")
+        self._registry.presets[name] = Preset(name, summary, model, self._plugin)
+
+    def checkpoint_reader(self, name: str, reader: CheckpointReader) -> None:
+        """Register who reads a format of released checkpoints (`dense_lab.interop`); the first that claims one reads it."""
+        self._registry.checkpoint_readers.setdefault(name, reader)
 
 
 def load(files: tuple[Path, ...] = (), points: tuple[EntryPoint, ...] | None = None) -> Registry:
