@@ -30,7 +30,9 @@ class Problem:
     """`file:line:column`, `--set`, ... ; empty when the input did not come from a file."""
 
     def __str__(self) -> str:
-        head = " ".join(part for part in (self.where, self.path) if part)
+        # `--set model.width` names the path already.
+        path = "" if self.where.endswith(f" {self.path}") else self.path
+        head = " ".join(part for part in (self.where, path) if part)
         return f"{head}: {self.message}" if head else self.message
 
 

@@ -147,7 +147,7 @@ class SearchSpec(Spec):
     """Trials in all, resumed ones included."""
     pruner: Literal["none", "median", "asha"] = "none"
     """When a trial is stopped early, judged by the objective at evaluations; single objective only."""
-    objective: Annotated[tuple[Objective, ...], Field(min_length=1)] = (Objective(minimize="valid/loss"),)
+    objective: tuple[Objective, ...] = (Objective(minimize="valid/loss"),)
     """One, or several for a Pareto front."""
     seed: Size = 0
     """Of the sampler."""
@@ -161,6 +161,8 @@ class SearchSpec(Spec):
 
     @model_validator(mode="after")
     def _pruning_needs_one(self) -> SearchSpec:
+        if not self.objective:
+            raise ValueError("name a metric, such as `objective: {minimize: valid/loss}`")
         if self.pruner != "none" and len(self.objective) > 1:
             raise ValueError(f"pruner {self.pruner!r} needs a single objective: Optuna prunes by one value")
         if self.pruner != "none" and self.objective[0].metric not in CURVES:

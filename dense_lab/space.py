@@ -1,0 +1,277 @@
+"""A study: what its YAML and `--set` say, checked at once, with its open values as parameters to be searched over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dense_lab import presets
+from dense_lab import registry as registries
+from dense_lab import space_frozen as frozen
+from dense_lab import space_tree as trees
+from dense_lab.errors import InputError, Problem
+from dense_lab.registry import Registry
+from dense_lab.space_parse import open_tree
+from dense_lab.space_problems import problems
+from dense_lab.space_set import Draft
+from dense_lab.space_tree import Choice, Float, Int, Origins, Parameter, Point, Table
+from dense_lab.study import GRAMMAR, BudgetSpec, RunSpec, SearchSpec, StudySpec, plugins_used
+from dense_lab.yaml_file import Document, load
+
+__all__ = ["Choice", "Float", "Int", "Parameter", "Point", "Study"]
+
+PRESET = f"model.{presets.KEY}"
+"""Dotted path that names a model of the registry, below whatever the study says of it."""
+DEEPEST = 1000
+"""Blocks of a model; more is a slip."""
+_SIZED_IN_FULL = 64
+"""Up to this many points, `check_sizes` builds each of them."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that is valid: every option of every choice and both ends of every range were checked."""
+
+    name: str
+    tree: dict[str, Any]
+    """Plain values after `--set` and presets, open values still open, notes (`x-` keys) included."""
+    search: SearchSpec
+    budget: BudgetSpec | None
+    document: Document
+    """The file as it was read; its text is empty when there was none."""
+    registry: Registry
+    root: Table
+    """The open tree."""
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | None,
+        overrides: Iterable[tuple[str, str]] = (),
+        registry: Registry | None = None,
+    ) -> Study:
+        """The study of a file, or of the defaults alone, with `--set` overrides (dotted path, YAML text) applied.
+
+        Raises InputError that holds every problem found, each with its place.
+        """
+        registry = registry or registries.default()
+        document = load(path) if path is not None else Document("defaults", {"dense_lab": GRAMMAR, "name": "run"})
+        draft = Draft(document, registry)
+        _override(draft, overrides)
+        _check_version(draft)
+        draft.tree.setdefault("name", path.stem if path is not None else "run")
+        root = open_tree(draft.tree, draft, registry)
+        return cls("", draft.tree, SearchSpec(), None, document, registry, root)._checked()
+
+    def _checked(self) -> Study:
+        """This study with what does not vary filled in; raises InputError with every problem of every closing."""
+        found: dict[Problem, None] = {}
+        spec = None
+        for point in trees.cover(self.root):
+            origins: Origins = {}
+            closed = trees.close(self.root, _lookup(point), origins)
+            try:
+                spec = self._validated(closed, origins)
+            except InputError as error:
+                found |= dict.fromkeys(error.problems)
+        if found or spec is None:
+            raise InputError(found)
+        study = replace(self, name=spec.name, search=spec.search, budget=spec.budget)
+        if spec.search.sampler == "grid" and study.space:
+            study.grid()
+        return study
+
+    def _validated(self, closed: Any, origins: Origins) -> StudySpec:
+        try:
+            spec = StudySpec.model_validate(closed, context={"registry": self.registry})
+        except ValidationError as error:
+            raise InputError(problems(error, closed, origins, self.registry)) from None
+        written = origins.get(("model", "width"))
+        if spec.budget is not None and written is not None:
+            message = "the budget chooses the width: leave `model.width` out, or leave out `budget`"
+            raise InputError(Problem(message, written.path, written.key))
+        return spec
+
+    @property
+    def space(self) -> list[Parameter]:
+        """Every parameter, conditional ones included; empty for a single run."""
+        return trees.parameters(self.root)
+
+    def size(self) -> int | None:
+        """Number of points, or None when there are infinitely many."""
+        return trees.size(self.root)
+
+    def grid(self) -> list[Point]:
+        """Every point, in a fixed order; raises InputError when they cannot be listed."""
+        try:
+            return trees.grid(self.root)
+        except InputError as error:
+            place = self.document.where(("search", "sampler"))
+            raise InputError(Problem(error.problems[0].message, "search.sampler", place)) from None
+
+    def covering(self) -> list[Point]:
+        """Few points that between them meet every option of every choice and both ends of every range."""
+        return trees.cover(self.root)
+
+    def close(self, suggest: Callable[[Parameter], Any]) -> RunSpec:
+        """The run whose open values `suggest` decides: a label of a Choice, a number within a range.
+
+        With a budget the width is solved here. Raises InputError when a value is not on offer, or when no width fits.
+        """
+        return self._close(suggest)[0]
+
+    def _close(self, suggest: Callable[[Parameter], Any]) -> tuple[RunSpec, Origins]:
+        origins: Origins = {}
+        closed = trees.close(self.root, suggest, origins)
+        run = self._validated(closed, origins).run()
+        if self.budget is None:
+            return run, origins
+        from dense_lab import budget
+
+        try:
+            return budget.solve(run, self.budget), origins
+        except InputError as error:
+            place = self.document.where(("budget",))
+            raise InputError(replace(p, path=p.path or "budget", where=place) for p in error.problems) from None
+
+    def point(self, params: Mapping[str, Any]) -> RunSpec:
+        """The run at a point, such as the stored parameters of a trial; raises InputError when it is none of ours."""
+        asked = set()
+
+        def pick(parameter: Parameter) -> Any:
+            asked.add(parameter.path)
+            return _lookup(params)(parameter)
+
+        run = self.close(pick)
+        if unknown := sorted(params.keys() - asked):
+            raise InputError(f"study {self.name!r} has no open value {unknown[0]} at this point")
+        return run
+
+    def leaves(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Every single value of the run at a point, by dotted path: what `--set` takes and MLflow shows."""
+        run, origins = self._close(_lookup(params))
+        return frozen.by_path(run.model_dump(mode="json"), origins) | dict(params)
+
+    def check_sizes(self) -> None:
+        """Build the architectures on the meta device, all if there are few; raises InputError when sizes clash."""
+        from dense_lab.model import check_sizes
+
+        number = self.size()
+        found: dict[str, Problem] = {}
+        seen = set()
+        for point in self.grid() if number is not None and number <= _SIZED_IN_FULL else self.covering():
+            try:
+                model = self.point(point).model
+                if (text := model.model_dump_json()) in seen:
+                    continue
+                seen.add(text)
+                if len(model.layers()) > DEEPEST:
+                    raise InputError(f"a model has at most {DEEPEST} blocks, got {len(model.layers())}")
+                check_sizes(model, vocab_size=256)
+            except InputError as error:
+                chosen = ", ".join(f"{path}={value}" for path, value in point.items() if path.startswith("model"))
+                for p in error.problems:
+                    text = f"{p.message} (at {chosen})" if chosen else p.message
+                    where = p.where or self.document.where(("model",))
+                    found.setdefault(p.message, Problem(text, p.path or "model", where))
+        if found:
+            raise InputError(found.values())
+
+    def resolved(self) -> dict[str, Any]:
+        """What the study means, defaults written out, as JSON: parameters, fixed values, search, budget, plugins."""
+        found, plugins = [], {}
+        for point in self.covering():
+            origins: Origins = {}
+            run = self._validated(trees.close(self.root, _lookup(point), origins), origins).run()
+            found.append(frozen.by_path(run.model_dump(mode="json"), origins))
+            plugins |= plugins_used(run, self.registry)
+        decided = {"dense_lab", *(p.path for p in self.space)} | ({"model.width"} if self.budget else set())
+        return {
+            "grammar": GRAMMAR,
+            "parameters": [parameter.describe() for parameter in self.space],
+            "fixed": frozen.merged(found, decided),
+            "search": self.search.model_dump(mode="json"),
+            "budget": self.budget.model_dump(mode="json") if self.budget else {},
+            "plugins": plugins,
+        }
+
+    def digest(self) -> str:
+        """First 12 hex digits of the sha256 over what the study means; its name and resources are left out."""
+        text = json.dumps(self.resolved(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def freeze(self) -> dict[str, Any]:
+        """What is kept of a study when it is created, for `check_frozen`: a JSON mapping."""
+        resolved = self.resolved()
+        objective = resolved["search"]["objective"]
+        return {**resolved, "name": self.name, "objective": objective, "digest": self.digest()}
+
+    def check_frozen(self, manifest: Mapping[str, Any]) -> None:
+        """Raise InputError when trials of this study and of the one that `freeze` described would not be alike.
+
+        The number of trials, the sampler, its seed and the pruner may change.
+        """
+        found = frozen.differences(manifest, self.freeze(), self.name)
+        if found:
+            raise InputError(replace(p, where=self._place(p.path)) for p in found)
+
+    def _place(self, path: str) -> str:
+        """Place of what has the dotted path `path`, or of the nearest thing above it."""
+        nodes = {node.path: node for node in trees.walk(self.root)}
+        while path and path not in nodes:
+            path = path.rpartition(".")[0]
+        return nodes[path].where if path in nodes else self.root.where
+
+
+def _lookup(params: Mapping[str, Any]) -> Callable[[Parameter], Any]:
+    def pick(parameter: Parameter) -> Any:
+        if parameter.path not in params:
+            raise InputError(f"the open value {parameter.path} is not given: it is one of {parameter.describe()}")
+        return params[parameter.path]
+
+    return pick
+
+
+def _override(draft: Draft, overrides: Iterable[tuple[str, str]]) -> None:
+    """Apply `--set`, and a preset below the file's own values; raises InputError with every problem."""
+    found: list[Problem] = []
+
+    def apply(chosen: Sequence[tuple[str, str]]) -> None:
+        for path, text in chosen:
+            try:
+                draft.override(path, text)
+            except InputError as error:
+                found.extend(error.problems)
+
+    overrides = list(overrides)
+    apply([pair for pair in overrides if pair[0] == PRESET])
+    try:
+        draft.tree = presets.expand(draft.tree, draft.registry)
+    except InputError as error:
+        raise InputError(replace(p, where=draft.where(_keys(p.path))) for p in error.problems) from None
+    apply([pair for pair in overrides if pair[0] != PRESET])
+    if found:
+        raise InputError(found)
+
+
+def _keys(path: str) -> tuple[str | int, ...]:
+    """`model.choice[0].preset` as keys and indices."""
+    return tuple(int(word) if word.isdecimal() else word for word in re.split(r"[.\[]", path.replace("]", "")))
+
+
+def _check_version(draft: Draft) -> None:
+    """Raise InputError unless the study says which grammar it is written in, and it is this one."""
+    if "dense_lab" not in draft.tree:
+        message = f"the key `dense_lab` is missing: write `dense_lab: {GRAMMAR}`, the version of the grammar"
+        raise InputError(Problem(message, "dense_lab", draft.where(())))
+    version = draft.tree["dense_lab"]
+    if version != GRAMMAR or isinstance(version, bool):
+        message = f"this release reads grammar {GRAMMAR}, got {version!r}: write `dense_lab: {GRAMMAR}`"
+        raise InputError(Problem(message, "dense_lab", draft.where(("dense_lab",))))

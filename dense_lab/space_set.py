@@ -1,0 +1,140 @@
+"""A study while it is put together: the file's values, then `--set` over them, with the place of each."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+from dense_lab import presets
+from dense_lab.errors import InputError
+from dense_lab.registry import Registry
+from dense_lab.space_parse import At, labels
+from dense_lab.space_problems import unknown_key
+from dense_lab.space_shape import ROOT, Shape, installed
+from dense_lab.yaml_file import Document, parse
+
+_DOT = re.compile(r"\.(?![^{}]*\})")
+"""A dot that is not within the braces of a label such as `retnet{value_factor=1.5}`."""
+
+
+class Draft:
+    """The plain tree of a study, and where its values were written; implements `space_parse.Places`."""
+
+    def __init__(self, document: Document, registry: Registry) -> None:
+        self.tree: Any = copy.deepcopy(document.tree)
+        self.registry = registry
+        self.picked: dict[At, str] = {}
+        """Labels that `--set` gave to choices: one option is left, and its label still enters the paths below it."""
+        self._document = document
+        self._values, self._keys = dict(document.values), dict(document.keys)
+
+    def where(self, at: At) -> str:
+        """Place of the value at `at`, or of the nearest one above it."""
+        while at and at not in self._values:
+            at = at[:-1]
+        return self._values.get(at, self._document.name)
+
+    def key(self, at: At) -> str:
+        """Place of the key at `at`; that of its value if it has none, as for items of lists."""
+        return self._keys.get(at) or self.where(at)
+
+    def override(self, path: str, text: str) -> None:
+        """Apply `--set path=text`; raises InputError located at it. `text` is YAML."""
+        flag = f"--set {path}"
+        value = parse(text, flag, where=flag).tree
+        try:
+            self._set(path, value, flag)
+        except InputError as error:
+            raise error.located(flag) from None
+
+    def _set(self, path: str, value: Any, flag: str) -> None:
+        """Walk to the place that `path` names, making mappings on the way, and put `value` there."""
+        at: At = ()
+        node, shape = self.tree, ROOT
+        names = _DOT.split(path)
+        while names:
+            node = self._opened(node, shape, at, flag)
+            step, shape = self._step(node, shape, names, at)
+            for key in step[:-1]:
+                at, node = (*at, key), node[key]
+            last = step[-1]
+            if not names:
+                self._put(node, last, value, shape, (*at, last), flag)
+                return
+            if isinstance(node, dict) and last not in node:
+                # What is not written is its default, of which `path` changes a part.
+                node[last] = shape.default if shape.slot and isinstance(shape.default, str) else {}
+                self._forget((*at, last), flag)
+            at, node = (*at, last), node[last]
+
+    def _opened(self, node: Any, shape: Shape, at: At, flag: str) -> Any:
+        """`node`, with a bare name turned into a mapping, so that keys may be put beside it."""
+        if isinstance(node, dict) and node.get("choice") == "installed":
+            node["choice"] = installed(shape, self.registry)
+        if isinstance(node, str) and shape.kind(node):
+            node = {"kind": node}
+            self._replace(at, node)
+        return node
+
+    def _replace(self, at: At, value: Any) -> None:
+        parent = self.tree
+        for key in at[:-1]:
+            parent = parent[key]
+        parent[at[-1]] = value
+
+    def _step(self, node: Any, shape: Shape, names: list[str], at: At) -> tuple[At, Shape]:
+        """Take names off the front of `names`; gives the keys that lead one place down, and its shape."""
+        name = names.pop(0)
+        if isinstance(node, dict) and isinstance(node.get("choice"), list):
+            return ("choice", _option(node["choice"], shape, name, names)), shape
+        if isinstance(node, list):
+            return (_index(node, name),), shape.child(node, int(name), self.registry)
+        if not isinstance(node, dict):
+            raise InputError(f"a single value stands here; nothing is below it, not even {name!r}")
+        spec = shape.expects(node, self.registry)
+        known = spec.model_fields if spec else {}
+        kind = shape.kind(node)
+        if name not in known and names and kind and re.split(r"\{", name)[0] == kind:
+            # The name of the component that stands here may be said, as it must be below a choice.
+            return self._step(node, shape, names, at)
+        if spec is not None and name not in (*known, presets.KEY) and not name.startswith("x-"):
+            owner = shape.name(node) or (str(at[-1]) if at else "a study")
+            raise InputError(unknown_key(name, owner, known))
+        return (name,), shape.child(node, name, self.registry)
+
+    def _put(self, node: Any, last: Any, value: Any, shape: Shape, at: At, flag: str) -> None:
+        """Put `value` at `last` of `node`; where a choice stands, the label of an option picks it as it is."""
+        old = node[last] if isinstance(node, list) else node.get(last)
+        if isinstance(old, dict) and old.get("choice") == "installed":
+            old["choice"] = installed(shape, self.registry)
+        if isinstance(old, dict) and isinstance(old.get("choice"), list) and not isinstance(value, (dict, list)):
+            names = labels(old["choice"], shape)
+            name = labels([value], shape)[0]
+            if name in names:
+                self.picked[at] = name
+                return
+        node[last] = value
+        self._forget(at, flag)
+
+    def _forget(self, at: At, flag: str) -> None:
+        """Everything at and below `at` was said by `flag`."""
+        for places in (self._values, self._keys, self.picked):
+            for path in [path for path in places if path[: len(at)] == at]:
+                del places[path]
+        self._values[at] = self._keys[at] = flag
+
+
+def _option(options: list[Any], shape: Shape, name: str, below: list[str]) -> int:
+    known = labels(options, shape)
+    if name in known and below:
+        return known.index(name)
+    asked = [name, *below] if name not in known else ["KEY"]
+    examples = " or ".join(".".join(["...", option, *asked]) for option in known)
+    raise InputError(f"a choice stands here: say below which option, such as {examples}")
+
+
+def _index(items: list[Any], name: str) -> int:
+    if not name.isdecimal() or int(name) >= len(items):
+        raise InputError(f"expected the number of an item, 0 to {len(items) - 1}, got {name!r}")
+    return int(name)
