@@ -1,10 +1,11 @@
 """What the Triton implementations share: where they can run, compiling several kernels at once, the sm_90 contract.
 
-The contract, which `tests/kernels/test_sm90.py` holds every operation to on machines without a GPU: a `triton.py` module
-exposes `sm90_cases() -> Iterator[Sm90Case]`, one case for every kernel and every choice its launch rules can make (dtype,
-tile sizes, feature flags, warps, stages; the choices that matter, not their whole product). Each case is compiled for
-sm_90; its registers, spills and shared memory are held to `tests/kernels/sm90_resources.json` (`UPDATE_SM90=1` rewrites
-the table), and `wgmma` must be in the PTX where `needs_wgmma` says so. Names are unique within an operation, and stable.
+The contract, which `tests/kernels/test_sm90.py` holds every operation to on machines without a GPU: a `triton.py`
+module exposes `sm90_cases() -> Iterator[Sm90Case]`, one case for every kernel and every choice that its launch rules
+can make (dtype, tile sizes, feature flags, warps, stages; the choices that matter, not their whole product). Each case
+is compiled for sm_90; its registers, stack (spills) and shared memory are held to `tests/kernels/sm90_resources.json`
+(`UPDATE_SM90=1` rewrites the table), and `wgmma` must be in the PTX where `needs_wgmma` says so. Names are unique
+within an operation, and stable.
 
 Triton's interpreter (`TRITON_INTERPRET=1`, set before triton is imported) runs the same kernels on CPU tensors.
 """
@@ -30,7 +31,7 @@ _ASSEMBLY = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
-def sigmoid(x):
+def sigmoid(x):  # noqa: ANN001, ANN202 - kernels have no annotations but constexpr
     """1 / (1 + exp(-x)) of fp32 in four instructions, to a few units in the last place; values under 1e-38 become 0.
 
     What Triton makes of the formula takes three times as many, for denormal numbers, and bounds kernels that are
@@ -53,8 +54,8 @@ def sigmoid(x):
 class Sm90Case(NamedTuple):
     """One kernel with one set of launch choices, as the compiler sees it.
 
-    `signature` maps every argument that is no constexpr, in order, to its Triton type: "*bf16", "i32", "fp32"; a tuple of
-    types for a tuple argument. The suffix ":16" promises divisibility by 16, as launches find it for aligned pointers and
+    `signature` maps every argument that is no constexpr to its Triton type: "*bf16", "i32", "fp32"; a tuple of types
+    for a tuple argument. The suffix ":16" promises divisibility by 16, as launches find it for aligned pointers and
     sizes; without it loads are narrow. `constexprs` maps the remaining arguments to their values.
     """
 

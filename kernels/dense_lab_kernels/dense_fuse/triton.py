@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, processors, sigmoid, unsupported_place
+from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, processors, unsupported_place
 
 __all__ = ["dense_fuse", "sm90_cases", "unsupported"]
 
@@ -42,9 +42,9 @@ def _write(pointer, width, row, column, mask, value):
 @triton.jit
 def _activate(gate, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
-        gate = gate * sigmoid(gate)
+        gate = gate * tl.sigmoid(gate)
     elif ACTIVATION == "sigmoid":
-        gate = sigmoid(gate)
+        gate = tl.sigmoid(gate)
     return gate
 
 
@@ -54,11 +54,11 @@ def _activate_slope(gate, ACTIVATION: tl.constexpr):
     value = gate
     slope = tl.full(gate.shape, 1.0, tl.float32)
     if ACTIVATION == "silu":
-        open_ = sigmoid(gate)
+        open_ = tl.sigmoid(gate)
         value = gate * open_
         slope = open_ + value * (1.0 - open_)
     elif ACTIVATION == "sigmoid":
-        value = sigmoid(gate)
+        value = tl.sigmoid(gate)
         slope = value * (1.0 - value)
     return value, slope
 
