@@ -101,7 +101,7 @@ def _prepared(data: Data) -> Corpus:
 class Run:
     """One run in progress."""
 
-    def __init__(self, spec: RunSpec, plugins: dict[str, str], place: Place, recorder: Recorder):
+    def __init__(self, spec: RunSpec, plugins: dict[str, str], place: Place, recorder: Recorder) -> None:
         self.spec, self.plugins, self.place, self.recorder = spec, plugins, place, recorder
         self.corpus = _prepared(spec.data)
         self.plan = plan(spec.train, self.corpus.seq_len)
@@ -109,9 +109,7 @@ class Run:
         self.model: LanguageModel = spec.model.build(self.corpus.vocab_size).initialise(spec.seed).to(place.device)
         self.model.kernels = spec.kernels
         self.optimizer = build_optimizer(self.model, spec.train)
-        self.step: StepFunction = EagerStep(
-            self.model, self.optimizer, place, self.plan.micro_size, spec.train.clip
-        )
+        self.step: StepFunction = EagerStep(self.model, self.optimizer, place, self.plan.micro_size, spec.train.clip)
         torch.manual_seed(spec.seed)  # Dropout alone draws from it; weights and batches have generators of their own.
         self.checkpoint = recorder.folder / "checkpoint"
         self.progress = checkpoint.load(self.checkpoint, self.model, self.optimizer) or Progress()
@@ -182,7 +180,7 @@ class Run:
     def last_good(self) -> str:
         """The last step known to be sound, in words."""
         line = last_line(self.recorder.folder / METRICS)
-        return f"last good step {line['step']}, train/loss {line['train/loss']:.4g}" if line else "no step before was good"
+        return f"last good step {line['step']}, train/loss {line['train/loss']:.4g}" if line else "no good step before"
 
     def metrics(self) -> dict[str, float]:
         """Final values of everything measured, sizes of the model included."""

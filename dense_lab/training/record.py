@@ -1,4 +1,4 @@
-"""The files of a run: spec.json first, metrics.jsonl as it goes, result.json last. Whoever reads them finds whole files."""
+"""The files of a run: spec.json first, metrics.jsonl as it goes, result.json last; each is whole when it is there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPEC, METRICS, RESULT = "spec.json", "metrics.jsonl", "result.json"
 class Recorder:
     """Writes one run's files into `folder`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started = now()
 
@@ -31,8 +31,8 @@ class Recorder:
         stored = read_json(self.folder / SPEC).get("digest", digest)
         if stored != digest:
             raise InputError(
-                f"{self.folder} holds another run (its spec is {stored}, this one is {digest}): choose another folder, or "
-                "remove that one"
+                f"{self.folder} holds another run (its spec is {stored}, this one is {digest}): choose another folder, "
+                "or remove that one"
             )
         write_json(self.folder / SPEC, {**spec.model_dump(mode="json"), "digest": digest, "plugins": plugins})
 

@@ -43,7 +43,7 @@ class EagerStep:
 
     def __init__(
         self, model: LanguageModel, optimizer: torch.optim.Optimizer, place: Place, micro_size: int, clip: float | None
-    ):
+    ) -> None:
         self.model, self.optimizer, self.place = model, optimizer, place
         self.micro_size, self.clip = micro_size, clip if clip is not None else float("inf")
 
@@ -71,7 +71,7 @@ class EagerStep:
 class StepClock:
     """Seconds of every step, without making a GPU wait: events are read when they lie in the past."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self._laps: list[float] = []
         self._open: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

@@ -30,7 +30,9 @@ def check_field(features: Mapping[str, Any] | None, field: str, source: str) -> 
     if features is not None and field not in features:
         known = list(features)
         raise InputError(
-            Problem(f"{source} has no field {field!r}.{did_you_mean(field, known)} It has: {', '.join(known)}", "data.field")
+            Problem(
+                f"{source} has no field {field!r}.{did_you_mean(field, known)} It has: {', '.join(known)}", "data.field"
+            )
         )
     return field
 

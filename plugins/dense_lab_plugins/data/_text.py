@@ -47,7 +47,7 @@ class TextFields(Spec):
         """Contiguous ranges in order, cut between documents, or within one where no boundary is near enough."""
         sizes = [len(_characters(document)) for document in documents]
         bounds = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        fractions: dict[Split, float] = {"train": 1 - self.valid - self.test, "valid": self.valid, "test": self.test}
+        fractions: dict[Split, float] = {"train": 1 - (self.valid + self.test), "valid": self.valid, "test": self.test}
         slack = _SLACK * min(fraction for fraction in fractions.values() if fraction)
         parts: dict[Split, Documents] = {}
         start, end = 0, 0.0
@@ -114,7 +114,7 @@ def _fingerprint(splits: dict[Split, Documents], tokenizer: Tokenizer, seq_len: 
 class TokenCorpus(Corpus):
     """Windows of T + 1 tokens cut from long arrays of tokens."""
 
-    def __init__(self, splits: dict[Split, Tokens], encoder: Encoder, seq_len: int, fingerprint: str):
+    def __init__(self, splits: dict[Split, Tokens], encoder: Encoder, seq_len: int, fingerprint: str) -> None:
         self.vocab_size, self.unit = encoder.vocab_size, encoder.unit
         self.seq_len, self.fingerprint = seq_len, fingerprint
         self._splits = splits
@@ -150,7 +150,7 @@ class TokenCorpus(Corpus):
 class _Epochs:
     """The start of the i-th window ever drawn, for any i at once."""
 
-    def __init__(self, windows: int, slack: int, seq_len: int, seed: int):
+    def __init__(self, windows: int, slack: int, seq_len: int, seed: int) -> None:
         self.windows, self.slack, self.seq_len, self.seed = windows, slack, seq_len, seed
         self._epoch, self._starts = -1, np.empty(0, np.int64)
 

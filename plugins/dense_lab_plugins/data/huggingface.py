@@ -6,9 +6,8 @@ import itertools
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 

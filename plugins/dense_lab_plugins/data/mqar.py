@@ -64,7 +64,7 @@ class _Rows(Corpus):
     unit = "question"
     scores_accuracy = True
 
-    def __init__(self, spec: MQAR):
+    def __init__(self, spec: MQAR) -> None:
         self.spec, self.vocab_size, self.seq_len = spec, spec.vocab, spec.seq_len
         self.fingerprint = hashlib.sha256(f"mqar/1/{spec.model_dump_json()}".encode()).hexdigest()
 
@@ -103,7 +103,7 @@ class _Rows(Corpus):
 
 
 def _distinct(generator: np.random.Generator, rows: int, n: int, count: int) -> Integers:
-    """[rows, count] of 0, ..., n-1, none twice in a row: the first steps of Fisher and Yates' shuffle, all rows at once."""
+    """[rows, count] of 0, ..., n-1, none twice in a row: the first steps of a Fisher-Yates shuffle."""
     deck = np.tile(np.arange(n), (rows, 1))
     row = np.arange(rows)
     for i in range(count):

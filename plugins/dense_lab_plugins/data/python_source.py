@@ -12,8 +12,8 @@ from dense_lab.errors import MachineError
 from dense_lab_plugins.data._text import TextFields
 
 _LEFT_OUT = frozenset(
-    ("__pycache__", "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "dist-packages")
-    + ("test", "tests", "turtledemo")
+    "__pycache__ dist-packages distutils ensurepip idlelib lib2to3 pydoc_data site-packages test tests "  # noqa: SIM905
+    "turtledemo".split()
 )
 """Folders without ordinary library code, or that only some versions and installations have."""
 
@@ -34,7 +34,8 @@ class PythonSource(TextFields, Data):
         documents = [document for name in names if (document := (root / name).read_bytes())]
         if len(documents) < 100:
             raise MachineError(
-                f"{root} holds {len(documents)} source files, not a standard library: use `data: {{kind: text, path: ...}}`"
+                f"{root} holds {len(documents)} source files, which is no standard library: use `data: {{kind: text, "
+                "path: ...}`"
             )
         return self.corpus(self.divided(documents))
 

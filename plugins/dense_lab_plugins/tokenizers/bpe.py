@@ -62,7 +62,7 @@ class BPE(Tokenizer):
 class _Merges(Encoder):
     unit = "token"
 
-    def __init__(self, key: str, path: Path):
+    def __init__(self, key: str, path: Path) -> None:
         from tokenizers import Tokenizer as Model
 
         self.key, self.model = key, Model.from_file(str(path))

@@ -23,7 +23,7 @@ class Character(Tokenizer):
 class _Characters(Encoder):
     unit = "character"
 
-    def __init__(self, alphabet: np.ndarray[Any, np.dtype[np.uint32]]):
+    def __init__(self, alphabet: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
         self.alphabet, self.vocab_size = alphabet, len(alphabet)
 
     def encode(self, documents: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.uint16 | np.uint32]]:
