@@ -39,7 +39,7 @@ class Golden:
     def tolerance(self, expected: Tensor, dtype: torch.dtype, peer_error: str) -> float:
         """Largest difference allowed: 1e-9 of the scale in float64 (1e-6 if stored in float32), in float32 ten times
         the peer's own error, which `measured[peer_error]` gives for values of unit scale or of the output's."""
-        scale = max(1.0, float(expected.abs().max()))
+        scale = max(1.0, float(expected.detach().abs().max()))
         if dtype == torch.float64:
             return scale * (1e-9 if expected.dtype == torch.float64 else 1e-6)
         return 10 * self.measured[peer_error] * scale
@@ -48,4 +48,4 @@ class Golden:
 def difference(got: Tensor, expected: Tensor) -> float:
     """Largest absolute difference."""
     assert got.shape == expected.shape, f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
-    return float((got.detach().double() - expected.double()).abs().max())
+    return float((got.detach().double() - expected.detach().double()).abs().max())
