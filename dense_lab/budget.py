@@ -13,11 +13,12 @@ from dense_lab.model import ModelSpec
 from dense_lab.study import BudgetSpec, RunSpec
 from dense_lab.units import human
 
-_ROUND = (64, 32, 16, 8, 4, 2, 1)
-"""Widths are multiples of the first of these that meets the tolerance: round widths run faster."""
-_COARSEST_STEP = 512
-"""No core is expected to need a width in larger multiples than this."""
-_WIDEST = 2**20
+_ROUND = (8, 4, 2, 1)
+"""Widths are multiples of the first of these that meets the tolerance: tensor cores want multiples of 8."""
+_SCAN = 512
+"""No core is expected to need widths that are further apart than this."""
+_GUESS = 256
+"""The width that the search starts from."""
 
 
 def solve(spec: RunSpec, budget: BudgetSpec) -> RunSpec:
@@ -48,40 +49,42 @@ def _solve_width(model_json: str, budget: BudgetSpec, vocabulary: int) -> int:
         except (InputError, ValueError):
             return None
 
-    step = next((width for width in range(1, _COARSEST_STEP + 1) if size(width) is not None), None)
-    if step is None:
+    found = _neighbours(size, budget.params)
+    if found is None:
         # The width is not what is wrong: let the component say what is.
-        parameters(model.model_copy(update={"width": _COARSEST_STEP}), vocabulary, budget.count)
-        raise InputError(f"no width up to {_COARSEST_STEP} fits this architecture")
-    below, above = _neighbours(size, step, budget.params)
+        parameters(model.model_copy(update={"width": _GUESS}), vocabulary, budget.count)
+        raise InputError(f"no width from {_GUESS} to {_GUESS + _SCAN} fits this architecture")
+    below, above = found
     for factor in _ROUND:
-        multiple = math.lcm(step, factor)
-        for width in (below // multiple * multiple, -(-above // multiple) * multiple):
-            found = size(width) if width else None
-            if found is not None and abs(found - budget.params) <= budget.tolerance * budget.params:
-                return width
-    near = {width: size(width) or 0 for width in (below, above)}
-    sizes = " and ".join(f"{human(found)} at width {width}" for width, found in near.items())
+        multiples = (below // factor * factor, -(-above // factor) * factor)
+        errors = {w: abs(count - budget.params) for w in multiples if w and (count := size(w))}
+        width = min(errors, key=lambda w: errors[w], default=0)
+        if width and errors[width] <= budget.tolerance * budget.params:
+            return width
+    sizes = " and ".join(f"{human(size(width) or 0)} at width {width}" for width in dict.fromkeys(found))
     raise InputError(
         f"no width gives {human(budget.params)} parameters within {budget.tolerance * 100:.3g}%: the nearest are "
         f"{sizes}; change `budget.params`, or raise `budget.tolerance`"
     )
 
 
-def _neighbours(size: Callable[[int], int | None], step: int, target: int) -> tuple[int, int]:
-    """The widths next to `target` among the multiples of `step` that the model accepts (size is not None)."""
+def _neighbours(size: Callable[[int], int | None], target: int) -> tuple[int, int] | None:
+    """The widths next to `target` that the model accepts, or None when it accepts none near the first guess."""
 
-    def accepted(width: int) -> int:
-        return next((w for w in range(width, 2 * width + 1, step) if size(w) is not None), width)
+    def nearest(widths: range) -> int:
+        return next((width for width in widths if size(width) is not None), 0)
 
-    def too_large(width: int) -> bool:
-        found = size(accepted(width))
-        return found is None or found > target
-
-    low, high = step, 2 * step
-    while not too_large(high) and high < _WIDEST:
-        low, high = high, 2 * high
-    while high - low > step:
-        middle = (low + high) // 2 // step * step
-        low, high = (low, middle) if too_large(middle) else (middle, high)
-    return accepted(low), accepted(high)
+    width, seen = nearest(range(_GUESS, _GUESS + _SCAN)), set()
+    while width and width not in seen:
+        seen.add(width)
+        # Parameters grow about as the square of the width; a few steps land beside the target.
+        guess = max(1, round(width * math.sqrt(target / (size(width) or 1))))
+        width = nearest(range(guess, guess + _SCAN)) or nearest(range(guess, 0, -1))
+    if not width:
+        return None
+    while (size(width) or 0) > target and (smaller := nearest(range(width - 1, max(0, width - _SCAN), -1))):
+        width = smaller
+    larger = nearest(range(width + 1, width + _SCAN))
+    while larger and (size(larger) or 0) <= target:
+        width, larger = larger, nearest(range(larger + 1, larger + _SCAN))
+    return width, larger or width

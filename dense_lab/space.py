@@ -113,7 +113,7 @@ class Study:
         try:
             return trees.grid(self.root)
         except InputError as error:
-            place = self.document.where(("search", "sampler"))
+            place = self._place("search.sampler")
             raise InputError(Problem(error.problems[0].message, "search.sampler", place)) from None
 
     def covering(self) -> list[Point]:
@@ -138,7 +138,7 @@ class Study:
         try:
             return budget.solve(run, self.budget), origins
         except InputError as error:
-            place = self.document.where(("budget",))
+            place = self._place("budget")
             raise InputError(replace(p, path=p.path or "budget", where=place) for p in error.problems) from None
 
     def point(self, params: Mapping[str, Any]) -> RunSpec:
@@ -179,7 +179,7 @@ class Study:
                 chosen = ", ".join(f"{path}={value}" for path, value in point.items() if path.startswith("model"))
                 for p in error.problems:
                     text = f"{p.message} (at {chosen})" if chosen else p.message
-                    where = p.where or self.document.where(("model",))
+                    where = p.where or self._place("model")
                     found.setdefault(p.message, Problem(text, p.path or "model", where))
         if found:
             raise InputError(found.values())
