@@ -1,0 +1,188 @@
+"""Is an implementation right, here, on this machine? Results, states and every gradient against float64.
+
+The rule: a fast form may be at most twice as far from float64 as the reference is when it runs the same arguments in
+their own, low precision, plus the band that rounding the result itself costs. No tolerance is set by hand. "Far" is
+the root mean square over a tensor; the largest single difference, which chance alone moves more, may be four times as
+large, and so a single wrong element shows too.
+
+    verdict = verify("dense_fuse", "triton", {"own": own, "sources": (source,), "weight": weight})
+    assert verdict.ok, verdict
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0  # how much farther from float64 than the plain low-precision reference, by root mean square
+MEASURES = ("rms", "largest")
+
+
+class Verdict(NamedTuple):
+    """What was compared, and the tensor that used most of what it was allowed."""
+
+    operation: str
+    implementation: str
+    device: str
+    dtype: str
+    shapes: str
+    worst: str  # "output", "final_state", ...; "d" and the argument's name for a gradient
+    measure: str  # "rms" or "largest" difference from float64
+    error: float  # that difference; NaN where the tensor holds one
+    allowed: float
+    ok: bool
+
+
+class Deviation(NamedTuple):
+    """One measure of one tensor's difference from float64, and the most it may be."""
+
+    name: str
+    measure: str
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """NaN is never within what is allowed."""
+        return self.error <= self.allowed
+
+    @property
+    def used(self) -> float:
+        """Share of what is allowed; infinite for NaN."""
+        if self.ok:
+            return self.error / self.allowed if self.allowed else 0.0
+        return self.error / self.allowed if self.allowed and self.error == self.error else float("inf")
+
+
+def verify(
+    operation: str, implementation: str, arguments: Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> Verdict:
+    """Judge one implementation of one operation on these arguments.
+
+    operation: "dense_fuse", ...; implementation: what its `impl=` takes. arguments: its tensors (also nested in tuples)
+    by name, with the device, dtypes and shapes to judge; None for what is absent. options: its other keyword arguments.
+
+    Raises ImplementationError when the implementation cannot run these arguments, ModuleNotFoundError for an unknown
+    operation.
+    """
+    public = getattr(importlib.import_module(f"dense_lab_kernels.{operation}"), operation)
+
+    def run(impl: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        return run_with_gradients(lambda **tensors: public(**tensors, **(options or {}), impl=impl), inputs)
+
+    fast = run(implementation, arguments)
+    plain = run("reference", arguments)
+    exact = run("reference", as_dtype(arguments, torch.float64))
+    worst = max(deviations(fast, plain, exact), key=lambda deviation: deviation.used)
+    given = flat(tuple(arguments.values()))
+    return Verdict(
+        operation,
+        implementation,
+        str(given[0].device),
+        str(given[0].dtype).removeprefix("torch."),
+        ", ".join(f"{name} {_shape(value)}" for name, value in arguments.items() if value is not None),
+        *worst,
+        worst.ok,
+    )
+
+
+def deviations(
+    fast: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor], factor: float = FACTOR
+) -> list[Deviation]:
+    """Both measures of each tensor; the three mappings come from `run_with_gradients`.
+
+    Raises ValueError when they do not hold the same names and shapes.
+    """
+    shapes = [{name: list(tensor.shape) for name, tensor in found.items()} for found in (fast, plain, exact)]
+    if not shapes[0] == shapes[1] == shapes[2]:
+        raise ValueError(f"names and shapes must agree, got {shapes[0]}, plain {shapes[1]}, exact {shapes[2]}")
+    found = []
+    for name, tensor in fast.items():
+        errors, from_plain = differences(tensor, exact[name]), differences(plain[name], exact[name])
+        band = rounding_band(tensor.dtype, exact[name])
+        for i, measure in enumerate(MEASURES):
+            found.append(Deviation(name, measure, errors[i], factor * (1 + i) * (from_plain[i] + band[i])))
+    return found
+
+
+def flat(results: Any) -> list[Tensor]:
+    """The tensors in nested tuples or lists, in order; None is skipped."""
+    return list(_named(results, "").values())
+
+
+def _named(results: Any, name: str) -> dict[str, Tensor]:
+    """The tensors in nested tuples or lists with their fields' names or "[i]"."""
+    if isinstance(results, Tensor):
+        return {name: results}
+    if not isinstance(results, tuple | list):
+        return {}
+    fields = getattr(results, "_fields", [f"{name}[{i}]" for i in range(len(results))])
+    return {key: t for field, item in zip(fields, results, strict=True) for key, t in _named(item, field).items()}
+
+
+def as_dtype(inputs: Mapping[str, Any], dtype: torch.dtype, *, keep: Sequence[str] = ()) -> dict[str, Any]:
+    """A detached copy of the (nested) inputs in `dtype`; the names in `keep` and what is no tensor stay as they are."""
+    return {
+        name: value if name in keep else _mapped(value, lambda _, tensor: tensor.detach().to(dtype), name)
+        for name, value in inputs.items()
+    }
+
+
+def _mapped(value: Any, change: Callable[[str, Tensor], Tensor], name: str) -> Any:
+    """The nested value with every tensor changed; NamedTuples stay what they are."""
+    if isinstance(value, Tensor):
+        return change(name, value)
+    if isinstance(value, tuple | list):
+        items = [_mapped(item, change, f"{name}[{i}]") for i, item in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
+def run_with_gradients(
+    function: Callable[..., Any], inputs: Mapping[str, Any], upstreams: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Call `function(**inputs)`; return its results and the gradient of every tensor among the (nested) inputs.
+
+    The gradients are those of sum(result * upstream) over all results; upstreams are cast to each result's dtype and
+    device, None draws them from a fixed seed, so that two calls with equal shapes see the same ones.
+    Keys: the fields of a NamedTuple result or "output", and "d<name>" (with "[i]" where an input is nested).
+    """
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(name: str, tensor: Tensor) -> Tensor:
+        leaves[name] = tensor.detach().clone().requires_grad_()
+        return leaves[name]
+
+    results = _named(function(**{name: _mapped(value, leaf, name) for name, value in inputs.items()}), "output")
+    if upstreams is None:
+        generator = torch.Generator().manual_seed(1234)
+        upstreams = [torch.randn(result.shape, generator=generator) for result in results.values()]
+    pairs = zip(results.values(), upstreams, strict=True)
+    # A result may depend on no input (the first state of a convolution of width 1 is empty).
+    torch.autograd.backward(*zip(*[(r, u.to(r)) for r, u in pairs if r.requires_grad], strict=True))
+    found = {name: result.detach() for name, result in results.items()}
+    return found | {f"d{name}": tensor.grad for name, tensor in leaves.items() if tensor.grad is not None}
+
+
+def differences(tensor: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Root mean square and largest absolute difference from `exact`, measured in float64."""
+    if tensor.numel() == 0:
+        return 0.0, 0.0
+    difference = (tensor.detach().double() - exact.detach().to(tensor.device, torch.float64)).abs()
+    return difference.square().mean().sqrt().item(), difference.max().item()
+
+
+def rounding_band(dtype: torch.dtype, exact: Tensor) -> tuple[float, float]:
+    """What storing `exact` in `dtype` may cost, root mean square and largest: one unit in the last place."""
+    size, largest = differences(exact, torch.zeros_like(exact))
+    return torch.finfo(dtype).eps * size, torch.finfo(dtype).eps * largest
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(list(value.shape))
+    return f"({', '.join(_shape(item) for item in value)})"
