@@ -10,7 +10,9 @@ Precedence: the `impl=` argument, then the innermost `using(...)` block, then "a
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -69,6 +71,18 @@ def triton_verdict(operation: str, impl: str, device: torch.device, *args: Any, 
             return "this operation has no Triton kernel"
         raise
     return module.unsupported(*args, **kwargs)
+
+
+def numba_verdict(device: torch.device) -> str | None:
+    """Why compiled CPU loops cannot run on tensors of this device, or None when they can; does not import numba."""
+    if device.type != "cpu":
+        return f"tensors are on {device.type}"
+    return None if _numba_is_installed() else "numba is not installed"
+
+
+@functools.cache
+def _numba_is_installed() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def _explain(operation: str, wanted: str, verdicts: Mapping[str, str | None]) -> str:

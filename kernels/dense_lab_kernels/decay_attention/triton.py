@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, unsupported_place
 from dense_lab_kernels.decay_attention import triton_kernels as kernels
@@ -21,6 +22,9 @@ from dense_lab_kernels.decay_attention.triton_launch import Tile, Tiles, collect
 
 __all__ = ["decay_attention", "sm90_cases", "unsupported"]
 
+# Head sizes are filled up with zeros, and tensors copied, until every row starts at a multiple of this many elements:
+# loads are wide then, and one set of binaries serves all sizes.
+_ALIGNED = 16
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,12 +45,18 @@ def decay_attention(
     if log_decay.ndim == 1 and log_decay.requires_grad and torch.is_grad_enabled():
         # Its gradient is that of a decay per token, summed.
         log_decay = log_decay.expand(v.shape[:3])
+    key_size, value_size = q.shape[3], v.shape[3]
+    more_keys, more_values = -key_size % _ALIGNED, -value_size % _ALIGNED
     if initial_state is not None:
-        initial_state = initial_state.float()
+        initial_state = pad(initial_state.float(), (0, more_values, 0, more_keys))
     output, final_state = _DecayAttention.apply(
-        q.to(common), k.to(common), v.to(common), log_decay.float(), initial_state
+        pad(q.to(common), (0, more_keys)),
+        pad(k.to(common), (0, more_keys)),
+        pad(v.to(common), (0, more_values)),
+        log_decay.float(),
+        initial_state,
     )
-    return output.to(v.dtype), final_state
+    return output[..., :value_size].to(v.dtype), final_state[..., :key_size, :value_size]
 
 
 @dataclass(frozen=True)
@@ -92,8 +102,9 @@ def _strides(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.stride()[:3]
 
 
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _aligned(tensor: Tensor) -> Tensor:
+    fits = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and not any(n % _ALIGNED for n in _strides(tensor))
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _decay(problem: _Problem, log_decay: Tensor) -> Tensor:
@@ -160,8 +171,13 @@ def _states(
     return states
 
 
-def _scores(problem: _Problem, x: Tensor, y: Tensor, decay: Tensor, tile: Tile) -> Tensor:
-    """A from q and k, or dA from dO and v: one per group, so either bare (A) or summed over heads (dA) if R > 1."""
+def _scores(
+    problem: _Problem, x: Tensor, y: Tensor, decay: Tensor, tile: Tile, of_decay: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """A from q and k, or dA from dO and v: one per group, so either bare (A) or summed over heads (dA) if R > 1.
+
+    of_decay: A, and where to write the sums that the gradient of the log decay needs.
+    """
     p = problem
     shared = p.per_group > 1
     side = p.tiles.chunk // tile.rows
@@ -173,6 +189,7 @@ def _scores(problem: _Problem, x: Tensor, y: Tensor, decay: Tensor, tile: Tile) 
         y,
         decay,
         scores,
+        *(of_decay or (scores, decay)),
         *_strides(x),
         *_strides(y),
         p.tokens,
@@ -184,6 +201,7 @@ def _scores(problem: _Problem, x: Tensor, y: Tensor, decay: Tensor, tile: Tile) 
         BD=tile.depth,
         DECAYED=not shared,
         SUM_HEADS=shared and x.shape[2] != p.groups,
+        OF_DECAY=of_decay is not None,
         EVEN_M=x.shape[3] % tile.depth == 0,
         **p.options(tile, x),
     )
@@ -191,15 +209,26 @@ def _scores(problem: _Problem, x: Tensor, y: Tensor, decay: Tensor, tile: Tile) 
 
 
 def _apply(
-    problem: _Problem, x: Tensor, states: Tensor, scores: Tensor, z: Tensor, decay: Tensor, *, of: str
+    problem: _Problem,
+    x: Tensor,
+    states: Tensor,
+    scores: Tensor,
+    z: Tensor,
+    decay: Tensor,
+    of: str,
+    of_decay: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """scale * (x states) + scores z; `of` names the result: "o", "dv", "dq" or "dk"."""
+    """scale * (x states) + scores z; `of` names the result: "o", "dv", "dq" or "dk".
+
+    of_decay: q (for dq) or k (for dk), and where to write the sums that the gradient of the log decay needs.
+    """
     p = problem
     of_keys = of in ("dq", "dk")
     tile = p.tiles.keys if of_keys else p.tiles.values
     units, size = (p.groups, p.key_size) if of_keys else (p.heads, p.value_size)
     depth_size = p.value_size if of_keys else p.key_size
     out = x.new_empty(p.batch, p.tokens, units, size)
+    own, sums = of_decay or (z, decay)
     run(
         kernels.apply_kernel,
         p.batch * units * p.chunks * (p.tiles.chunk // tile.rows) * triton.cdiv(size, tile.cols),
@@ -209,8 +238,11 @@ def _apply(
         z,
         decay,
         out,
+        own,
+        sums,
         *_strides(x),
         *_strides(z),
+        *_strides(own),
         p.tokens,
         p.heads,
         p.per_group,
@@ -224,6 +256,7 @@ def _apply(
         REVERSED=of in ("dv", "dk"),
         OF_KEYS=of_keys,
         SHARED=p.per_group > 1,
+        OF_DECAY=of_decay is not None,
         EVEN_M=depth_size % tile.depth == 0,
         EVEN_N=size % tile.cols == 0,
         **p.options(tile, x),
@@ -231,38 +264,51 @@ def _apply(
     return out
 
 
+@dataclass(frozen=True)
+class _DecaySums:
+    """What the kernels of the backward leave for the gradient of the log decay."""
+
+    scores: Tensor
+    q: Tensor
+    k: Tensor
+
+    @staticmethod
+    def empty(p: _Problem, like: Tensor) -> _DecaySums:
+        side, key_tiles = p.tiles.chunk // p.tiles.score_grads.rows, triton.cdiv(p.key_size, p.tiles.keys.cols)
+        shapes = ((2, side), (key_tiles,), (key_tiles,))
+        make = torch.empty
+        return _DecaySums(*(make(*s, p.batch, p.heads, p.tokens, device=like.device) for s in shapes))
+
+
 def _decay_gradient(
-    problem: _Problem,
-    output: tuple[Tensor, Tensor],
-    value: tuple[Tensor, Tensor],
-    states: tuple[Tensor, Tensor],
-    final: tuple[Tensor, Tensor | None],
+    problem: _Problem, sums: _DecaySums, states: tuple[Tensor, Tensor], final: tuple[Tensor, Tensor | None]
 ) -> Tensor:
-    """Gradient of the log decay per token [B, T, H] from pairs (tensor, its gradient)."""
+    """Gradient of the log decay per token [B, T, H]; states and final: pairs (tensor, its gradient)."""
     p = problem
-    gradient = torch.empty(p.batch, p.tokens, p.heads, dtype=torch.float32, device=value[0].device)
+    gradient = torch.empty(p.batch, p.tokens, p.heads, dtype=torch.float32, device=states[0].device)
     final_state, final_grad = final
     run(
         kernels.decay_gradient_kernel,
         p.batch * p.chunks * p.heads,
-        *output,
-        *value,
+        sums.scores,
+        sums.q,
+        sums.k,
         *states,
         final_state,
         final_state if final_grad is None else final_grad,
         gradient,
         int(final_grad is not None),
-        *_strides(output[1]),
-        *_strides(value[0]),
+        sums.scores.shape[1],
+        sums.q.shape[0],
+        p.batch,
         p.tokens,
         p.heads,
         p.chunks,
-        p.key_size,
-        p.value_size,
+        p.key_size * p.value_size,
         C=p.tiles.chunk,
-        BV=min(triton.next_power_of_2(p.value_size), 64),
+        BM=p.tiles.score_grads.rows,
         BS=2048,
-        num_warps=8,
+        num_warps=4,
     )
     return gradient
 
@@ -274,7 +320,7 @@ def _forward(
     final = torch.empty(p.batch, p.heads, p.key_size, p.value_size, dtype=torch.float32, device=v.device)
     states = _states(p, k, v, decay, initial, final, "forward")
     scores = _scores(p, q, k, decay, p.tiles.scores)
-    return _apply(p, q, states, scores, v, decay, of="o"), final
+    return _apply(p, q, states, scores, v, decay, "o"), final
 
 
 @dataclass(frozen=True)
@@ -284,28 +330,24 @@ class _Saved:
     v: Tensor
     decay: Tensor
     initial: Tensor | None
-    output: Tensor | None
     final: Tensor | None
 
 
 def _backward(
     problem: _Problem, saved: _Saved, out_grad: Tensor, final_grad: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, log decay (if the output was saved for it) and initial state (if there is one)."""
+    """Gradients of q, k, v, log decay (if the final state was saved for it) and initial state (if there is one)."""
     p, s = problem, saved
     initial_grad = None if s.initial is None else torch.empty_like(s.initial)
+    sums = None if s.final is None else _DecaySums.empty(p, s.v)
     states = _states(p, s.k, s.v, s.decay, s.initial, None, "forward")
     state_grads = _states(p, s.q, out_grad, s.decay, final_grad, initial_grad, "backward")
     scores = _scores(p, s.q, s.k, s.decay, p.tiles.scores)
-    v_grad = _apply(p, s.k, state_grads, scores, out_grad, s.decay, of="dv")
-    score_grads = _scores(p, out_grad, s.v, s.decay, p.tiles.score_grads)
-    q_grad = _apply(p, out_grad, states, score_grads, s.k, s.decay, of="dq")
-    k_grad = _apply(p, s.v, state_grads, score_grads, s.q, s.decay, of="dk")
-    decay_grad = None
-    if s.output is not None and s.final is not None:
-        decay_grad = _decay_gradient(
-            p, (s.output, out_grad), (s.v, v_grad), (states, state_grads), (s.final, final_grad)
-        )
+    v_grad = _apply(p, s.k, state_grads, scores, out_grad, s.decay, "dv")
+    score_grads = _scores(p, out_grad, s.v, s.decay, p.tiles.score_grads, sums and (scores, sums.scores))
+    q_grad = _apply(p, out_grad, states, score_grads, s.k, s.decay, "dq", sums and (s.q, sums.q))
+    k_grad = _apply(p, s.v, state_grads, score_grads, s.q, s.decay, "dk", sums and (s.k, sums.k))
+    decay_grad = sums and _decay_gradient(p, sums, (states, state_grads), (s.final, final_grad))
     return q_grad, k_grad, v_grad, decay_grad, initial_grad
 
 
@@ -321,8 +363,8 @@ def _launches(
         decay = _decay(p, log_decay)
         output, final = _forward(p, q, k, v, decay, None)
         if gradients[0]:
-            kept = (output, final) if gradients[1] else (None, None)
-            _backward(p, _Saved(q, k, v, decay, None, *kept), torch.empty_like(output), None)
+            saved = _Saved(q, k, v, decay, None, final if gradients[1] else None)
+            _backward(p, saved, torch.empty_like(output), None)
     return list(launches.values())
 
 
@@ -331,9 +373,8 @@ def _compile(
 ) -> None:
     """Compile all kernels of this class of problem at once, at its first use."""
     p = problem
-    aligned = tuple(stride % 16 == 0 for x in (q, k, v) for stride in _strides(x))
     sizes = (p.key_size, p.value_size, p.per_group > 1, p.per_token, p.tiles)
-    key = ("decay_attention", v.device, v.dtype, aligned, sizes, gradients)
+    key = ("decay_attention", v.device, v.dtype, sizes, gradients)
     compile_once(key, lambda: _launches(p, q, k, v, log_decay, gradients))
 
 
@@ -342,7 +383,7 @@ class _DecayAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+        q, k, v = (_aligned(x) for x in (q, k, v))
         initial = None if initial is None else initial.contiguous()
         problem = _Problem.of(q, v, log_decay)
         of_decay = ctx.needs_input_grad[3]
@@ -351,7 +392,7 @@ class _DecayAttention(torch.autograd.Function):
         output, final = _forward(problem, q, k, v, decay, initial)
         ctx.set_materialize_grads(False)
         ctx.problem = problem
-        ctx.save_for_backward(q, k, v, decay, initial, *((output, final) if of_decay else (None, None)))
+        ctx.save_for_backward(q, k, v, decay, initial, final if of_decay else None)
         return output, final
 
     @staticmethod
@@ -360,7 +401,7 @@ class _DecayAttention(torch.autograd.Function):
         if out_grad is None and final_grad is None:
             return None, None, None, None, None
         saved = _Saved(*ctx.saved_tensors)
-        out_grad = torch.zeros_like(saved.v) if out_grad is None else _rows_contiguous(out_grad)
+        out_grad = torch.zeros_like(saved.v) if out_grad is None else _aligned(out_grad)
         final_grad = None if final_grad is None else final_grad.contiguous()
         return _backward(ctx.problem, saved, out_grad, final_grad)
 
@@ -388,7 +429,7 @@ def sm90_cases() -> Iterator[Sm90Case]:
         "wide": (1, 2, 2, 384, 1536, torch.bfloat16, "constant"),
         "square": (1, 2, 2, 128, 128, torch.bfloat16, "constant"),
         "ssd": (1, 4, 1, 128, 64, torch.bfloat16, "per token"),
-        "odd": (1, 2, 2, 100, 72, torch.float16, "per token"),
+        "odd": (1, 2, 2, 112, 80, torch.float16, "per token"),
         "float32": (1, 2, 2, 128, 128, torch.float32, "per token"),
     }
     for name, (batch, heads, groups, key_size, value_size, dtype, decay) in shapes.items():

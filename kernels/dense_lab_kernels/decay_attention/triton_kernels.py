@@ -10,7 +10,7 @@ With e_i the sum of the log decays from the start of a chunk to its token i (inc
     dv_j = exp(E - e_j) k_j dS' + sum_i A_ij dO_i                  `apply`, reversed
     dq_i = exp(e_i) dO_i S^T + sum_j dA_ij k_j                     `apply`
     dk_j = exp(E - e_j) v_j dS'^T + sum_i dA_ij q_i                `apply`, reversed
-    dg_t = <S', dS'> + sum_{i >= t in the chunk} (o_i . dO_i - v_i . dv_i)      `decay_gradient`
+    dg_t = <S', dS'> + sum_{i >= t in the chunk} (o_i . dO_i - v_i . dv_i)      `decay_gradient`, from sums of the above
 
 So four of the eight matrix passes are one kernel, `apply`: out = scale * (X Y) + P Z.
 
@@ -149,6 +149,8 @@ def scores_kernel(
     y_ptr,  # [B, T, U, M]: k, or v
     decay_ptr,
     scores_ptr,  # [B, chunks, H / R, C, C]
+    a_ptr,  # like scores: A, if OF_DECAY
+    sums_ptr,  # [2, C / BM, B, H, T] float32, if OF_DECAY: sums of A_ij dA_ij over the block's j, and over its i
     x_stride_b,
     x_stride_t,
     x_stride_h,
@@ -165,6 +167,7 @@ def scores_kernel(
     BD: tl.constexpr,
     DECAYED: tl.constexpr,
     SUM_HEADS: tl.constexpr,
+    OF_DECAY: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     EVEN_M: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -172,6 +175,7 @@ def scores_kernel(
     """One [BM, BM] block on or below the diagonal of a chunk's X Y^T, masked, times exp(e_i - e_j) if DECAYED.
 
     With SUM_HEADS the block is summed over the R heads of a group, which x and y then have one by one.
+    OF_DECAY (for dA): also write what the gradient of each head's log decay needs of the block.
     """
     pid = tl.program_id(0)
     side: tl.constexpr = C // BM
@@ -197,6 +201,14 @@ def scores_kernel(
     j_mask = (j < length)[None, :]
     causal = i[:, None] >= j[None, :]
     depth_tiles = tl.cdiv(M, BD)
+    block_offset = ((batch * n_chunks + chunk) * units + group) * C * C + i[:, None] * C + j[None, :]
+    if OF_DECAY:
+        a = tl.load(a_ptr + block_offset).to(tl.float32)
+        batches = (tl.num_programs(0) // (side * (side + 1) // 2) // n_chunks // units).to(tl.int64)
+        i_sums = ((col_block * batches + batch) * H) * T + start + i
+        j_sums = (((side + row_block) * batches + batch) * H) * T + start + j
+        over_j = tl.zeros([BM], dtype=tl.float32)
+        over_i = tl.zeros([BM], dtype=tl.float32)
     total = tl.zeros([BM, BM], dtype=tl.float32)
     n_heads = R if SUM_HEADS else 1
     for step in range(n_heads * depth_tiles):
@@ -214,16 +226,25 @@ def scores_kernel(
             e_i = _summed_decay(decay_ptr, batch, head, H, T, start, i, length, PER_TOKEN)
             e_j = _summed_decay(decay_ptr, batch, head, H, T, start, j, length, PER_TOKEN)
             fade = tl.exp(tl.where(causal, e_i[:, None] - e_j[None, :], 0.0))
-            total += tl.dot(x, y, input_precision=PRECISION) * fade
+            faded = tl.dot(x, y, input_precision=PRECISION) * fade
+            total += faded
+            if OF_DECAY:
+                over_j = tl.where(first == 0, 0.0, over_j) + tl.sum(faded * a, axis=1)
+                over_i = tl.where(first == 0, 0.0, over_i) + tl.sum(faded * a, axis=0)
+                tl.store(sums_ptr + head * T + i_sums, over_j, mask=i < length)
+                tl.store(sums_ptr + head * T + j_sums, over_i, mask=j < length)
         else:
             total = tl.dot(x, y, total, input_precision=PRECISION)
+    if OF_DECAY and not SUM_HEADS:
+        # A holds the decay already.
+        tl.store(sums_ptr + group.to(tl.int64) * T + i_sums, tl.sum(total * a, axis=1), mask=i < length)
+        tl.store(sums_ptr + group.to(tl.int64) * T + j_sums, tl.sum(total * a, axis=0), mask=j < length)
     if DECAYED and not SUM_HEADS:
         e_i = _summed_decay(decay_ptr, batch, group, H, T, start, i, length, PER_TOKEN)
         e_j = _summed_decay(decay_ptr, batch, group, H, T, start, j, length, PER_TOKEN)
         total *= tl.exp(tl.where(causal, e_i[:, None] - e_j[None, :], 0.0))
     total = tl.where(causal, total, 0.0)
-    scores_ptr += ((batch * n_chunks + chunk) * units + group) * C * C
-    tl.store(scores_ptr + i[:, None] * C + j[None, :], total.to(scores_ptr.dtype.element_ty))
+    tl.store(scores_ptr + block_offset, total.to(scores_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["T", "H", "R", "n_chunks"])
@@ -234,12 +255,17 @@ def apply_kernel(
     z_ptr,  # [B, T, ., N]: v (o), dO (dv), k (dq), q (dk)
     decay_ptr,
     out_ptr,  # [B, T, ., N] contiguous: o, dv (one per head), dq, dk (one per group)
+    own_ptr,  # [B, T, G, N], if OF_DECAY: q (dq), k (dk)
+    sums_ptr,  # [N / BN, B, H, T] float32, if OF_DECAY: sums over the tile of own times (scale X Y), per head
     x_stride_b,
     x_stride_t,
     x_stride_h,
     z_stride_b,
     z_stride_t,
     z_stride_h,
+    own_stride_b,
+    own_stride_t,
+    own_stride_h,
     T,
     H,
     R,
@@ -254,6 +280,7 @@ def apply_kernel(
     REVERSED: tl.constexpr,
     OF_KEYS: tl.constexpr,
     SHARED: tl.constexpr,
+    OF_DECAY: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -263,12 +290,14 @@ def apply_kernel(
 
     REVERSED (dv, dk): P is transposed, scale is exp(E - e_j) instead of exp(e_i). OF_KEYS (dq, dk): Y is transposed.
     SHARED (R > 1): q and k belong to groups; o and dv then decay the group's P themselves, dq and dk sum over heads.
+    OF_DECAY (dq, dk): also write what the gradient of each head's log decay needs of the tile.
     """
     sum_heads: tl.constexpr = SHARED and OF_KEYS
     decay_p: tl.constexpr = SHARED and not OF_KEYS
     pid = tl.program_id(0)
     n_tiles = tl.cdiv(N, BN)
-    cols = (pid % n_tiles) * BN + tl.arange(0, BN)
+    tile = pid % n_tiles
+    cols = tile * BN + tl.arange(0, BN)
     row_block = pid // n_tiles % (C // BM)
     chunk = pid // n_tiles // (C // BM) % n_chunks
     unit = pid // n_tiles // (C // BM) // n_chunks
@@ -290,6 +319,14 @@ def apply_kernel(
     else:
         y_ptr += depth[:, None] * N + cols[None, :]
     depth_tiles = tl.cdiv(M, BD)
+    if OF_DECAY:
+        own_ptr += (
+            batch * own_stride_b + own.to(tl.int64) * own_stride_h + tokens[:, None] * own_stride_t + cols[None, :]
+        )
+        partner = tl.load(own_ptr, mask=i_mask if EVEN_N else i_mask & col_mask, other=0.0).to(tl.float32)
+        batches = tl.num_programs(0) // n_tiles // (C // BM) // n_chunks // units
+        sums_ptr += ((tile * batches + batch) * H) * T + tokens
+        into = tl.zeros([BM], dtype=tl.float32)
     n_heads = R if sum_heads else 1
     out = tl.zeros([BM, BN], dtype=tl.float32)
     for step in range(n_heads * depth_tiles):
@@ -311,7 +348,11 @@ def apply_kernel(
             e_i = _summed_decay(decay_ptr, batch, head, H, T, start, i, length, PER_TOKEN)
             if REVERSED:
                 e_i = _summed_decay(decay_ptr, batch, head, H, T, start, length - 1, length, PER_TOKEN) - e_i
-            out += tl.dot(x, y, input_precision=PRECISION) * tl.exp(e_i)[:, None]
+            part = tl.dot(x, y, input_precision=PRECISION) * tl.exp(e_i)[:, None]
+            out += part
+            if OF_DECAY:
+                into = tl.where(first == 0, 0.0, into) + tl.sum(part * partner, axis=1)
+                tl.store(sums_ptr + head.to(tl.int64) * T, into, mask=i < length)
         else:
             out = tl.dot(x, y, out, input_precision=PRECISION)
     e_i = _summed_decay(decay_ptr, batch, own, H, T, start, i, length, PER_TOKEN)
@@ -320,6 +361,8 @@ def apply_kernel(
         if REVERSED:
             scale = _summed_decay(decay_ptr, batch, own, H, T, start, length - 1, length, PER_TOKEN) - e_i
         out *= tl.exp(scale)[:, None]
+        if OF_DECAY:
+            tl.store(sums_ptr + own.to(tl.int64) * T, tl.sum(out * partner, axis=1), mask=i < length)
 
     # Blocks of P above the diagonal were never written: only those on the causal side are read.
     p_unit = own // R if decay_p else own
@@ -352,69 +395,65 @@ def apply_kernel(
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=i_mask if EVEN_N else i_mask & col_mask)
 
 
-@triton.jit(do_not_specialize=["has_final_grad", "T", "H", "n_chunks"])
+@triton.jit(do_not_specialize=["has_final_grad", "side", "key_tiles", "B", "T", "H", "n_chunks"])
 def decay_gradient_kernel(
-    out_ptr,  # [B, T, H, V] contiguous
-    out_grad_ptr,  # [B, T, H, V], strides
-    v_ptr,  # [B, T, H, V], strides
-    v_grad_ptr,  # [B, T, H, V] contiguous
+    score_sums_ptr,  # [2, side, B, H, T]: sums of A_ij dA_ij over j (slot: block of j), and over i (slot: block of i)
+    q_sums_ptr,  # [key_tiles, B, H, T]: q_i . (part of dq_i from the state before the chunk)
+    k_sums_ptr,  # [key_tiles, B, H, T]: k_j . (part of dk_j from the state after the chunk)
     states_ptr,  # [B, chunks, H, K, V]: the state before each chunk
     state_grads_ptr,  # [B, chunks, H, K, V]: the gradient of the state after each chunk
     final_ptr,  # [B, H, K, V] float32, the state after the last chunk
     final_grad_ptr,  # its gradient, read if has_final_grad
     decay_grad_ptr,  # [B, T, H] contiguous, float32
     has_final_grad,
-    do_stride_b,
-    do_stride_t,
-    do_stride_h,
-    v_stride_b,
-    v_stride_t,
-    v_stride_h,
+    side,
+    key_tiles,
+    B,
     T,
     H,
     n_chunks,
-    K,
-    V,
+    size,  # K V
     C: tl.constexpr,
-    BV: tl.constexpr,
+    BM: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Gradient of the log decays of one chunk and head, from sums that never leave the chunk."""
+    """Gradient of the log decays of one chunk and head.
+
+    With o_i . dO_i = sum_j A_ij dA_ij + q_i . (part of dq_i), and v_j . dv_j = sum_i A_ij dA_ij + k_j . (part of dk_j),
+    all from float32 accumulators: what the results o and dv lose by rounding does not enter.
+    """
     pid = tl.program_id(0)
     head = pid % H
     chunk = pid // H % n_chunks
     batch = (pid // H // n_chunks).to(tl.int64)
     i = tl.arange(0, C)
-    tokens = (chunk * C + i).to(tl.int64)
-    i_mask = tokens < T
-    cols = tl.arange(0, BV)
-    dense = ((batch * T + tokens) * H + head)[:, None] * V + cols[None, :]
-    do_offsets = batch * do_stride_b + tokens[:, None] * do_stride_t + head * do_stride_h + cols[None, :]
-    v_offsets = batch * v_stride_b + tokens[:, None] * v_stride_t + head * v_stride_h + cols[None, :]
+    tokens = chunk * C + i
+    mask = tokens < T
+    row = (batch * H + head) * T + tokens
+    slot = B.to(tl.int64) * H * T
     change = tl.zeros([C], dtype=tl.float32)
-    for first in range(0, V, BV):
-        mask = i_mask[:, None] & (first + cols < V)[None, :]
-        out = tl.load(out_ptr + dense + first, mask=mask, other=0.0).to(tl.float32)
-        out_grad = tl.load(out_grad_ptr + do_offsets + first, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + v_offsets + first, mask=mask, other=0.0).to(tl.float32)
-        v_grad = tl.load(v_grad_ptr + dense + first, mask=mask, other=0.0).to(tl.float32)
-        change += tl.sum(out * out_grad - v * v_grad, axis=1)
+    for block in range(side):
+        change += tl.load(score_sums_ptr + block * slot + row, mask=mask & (block <= i // BM), other=0.0)
+        change -= tl.load(score_sums_ptr + (side + block) * slot + row, mask=mask & (block >= i // BM), other=0.0)
+    for block in range(key_tiles):
+        change += tl.load(q_sums_ptr + block * slot + row, mask=mask, other=0.0)
+        change -= tl.load(k_sums_ptr + block * slot + row, mask=mask, other=0.0)
 
-    size = K * V
     offset = ((batch * n_chunks + chunk) * H + head) * size
-    final_offset = (batch * H + head) * size
     products = tl.zeros([BS], dtype=tl.float32)
     if chunk < n_chunks - 1:
+        states_ptr += offset + H.to(tl.int64) * size
         for first in range(0, size, BS):
             place = first + tl.arange(0, BS)
-            after = tl.load(states_ptr + offset + H.to(tl.int64) * size + place, mask=place < size, other=0.0)
+            after = tl.load(states_ptr + place, mask=place < size, other=0.0)
             grad = tl.load(state_grads_ptr + offset + place, mask=place < size, other=0.0)
             products += after.to(tl.float32) * grad.to(tl.float32)
     elif has_final_grad != 0:
+        final_offset = (batch * H + head) * size
         for first in range(0, size, BS):
             place = first + tl.arange(0, BS)
             after = tl.load(final_ptr + final_offset + place, mask=place < size, other=0.0)
             grad = tl.load(final_grad_ptr + final_offset + place, mask=place < size, other=0.0)
             products += after * grad
     gradient = tl.sum(products) + tl.cumsum(change, axis=0, reverse=True)
-    tl.store(decay_grad_ptr + (batch * T + tokens) * H + head, gradient, mask=i_mask)
+    tl.store(decay_grad_ptr + (batch * T + tokens) * H + head, gradient, mask=mask)

@@ -85,15 +85,15 @@ def tiles_for(key_size: int, value_size: int, per_group: int, tokens: int, dtype
     rows = min(chunk, 128)
     k_tile, v_tile = _fit(key_size, 128), _fit(value_size, 128)
     k_depth, v_depth = _fit(key_size, 64), _fit(value_size, 64)
-    # Sums over the heads of a group keep two tiles in registers, and scale one by the decay.
-    k_rows = min(rows, 64) if per_group > 1 else rows
+    # Sums over the heads of a group keep several tiles in registers at a time.
+    some, k_cols = (min(rows, 64), min(k_tile, 64)) if per_group > 1 else (rows, k_tile)
     return Tiles(
         chunk,
         states=Tile(k_tile, v_tile, min(chunk, 64), _warps(k_tile * v_tile), 3),
         scores=Tile(rows, rows, k_depth, _warps(rows * rows), 3),
-        score_grads=Tile(k_rows, k_rows, v_depth, _warps(k_rows * k_rows), 3),
-        values=Tile(k_rows, v_tile, k_depth, _warps(k_rows * v_tile), 3),
-        keys=Tile(k_rows, k_tile, v_depth, _warps(k_rows * k_tile), 3),
+        score_grads=Tile(some, some, v_depth, _warps(some * some), 3),
+        values=Tile(some, v_tile, k_depth, _warps(some * v_tile), 3),
+        keys=Tile(some, k_cols, v_depth, _warps(some * k_cols), 3),
     )
 
 

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, triton_verdict
+from dense_lab_kernels._dispatch import choose, numba_verdict, triton_verdict
 from dense_lab_kernels.selective_scan import reference
 
 __all__ = ["ScanSource", "SelectiveScanOutput", "selective_scan"]
@@ -97,6 +97,7 @@ def selective_scan(
     }
     verdicts = {
         "triton": triton_verdict(_OPERATION, impl, u.device, *arguments, **options),
+        "numba": numba_verdict(u.device),
         "reference": None,
     }
     match choose(_OPERATION, impl, verdicts):
@@ -104,6 +105,10 @@ def selective_scan(
             from dense_lab_kernels.selective_scan import triton
 
             run = triton.selective_scan
+        case "numba":
+            from dense_lab_kernels.selective_scan import cpu
+
+            run = cpu.selective_scan
         case _:
             run = reference.selective_scan
     return SelectiveScanOutput(*run(*arguments, **options))

@@ -1,0 +1,59 @@
+"""Compiled loops for the CPU: the decorator and the threads; what a loop computes with is in `_vector`.
+
+Imported on first use only, because importing numba takes longer than most calls. Threads are plain ones started for each
+call instead of numba's own: those need a threading layer that is neither safe to call from two threads nor after a fork
+everywhere, and starting a thread costs some 50 microseconds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import torch
+from torch import Tensor
+
+_Loop = TypeVar("_Loop", bound=Callable[..., Any])
+
+def compiled(function: _Loop) -> _Loop:
+    """Compile a loop on first call, run it without the interpreter lock; kept on disk where numba finds a folder."""
+    # A product and a sum may be fused; nothing else is loosened, so sums keep their order and NaN its meaning.
+    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # numba finds no folder that it may write
+        return numba.njit(**options)(function)
+
+
+def run(loop: Callable[..., None], tasks: int, *arguments: Any) -> None:
+    """Call `loop(*arguments, first, stop)` on equal shares of `tasks`, one share per torch thread, and wait for all.
+
+    Tensors, alone or in tuples, are passed as arrays. Raises what a share raised.
+    """
+    arrays = [_array(x) for x in arguments]
+    threads = max(1, min(torch.get_num_threads(), tasks))
+    cuts = [tasks * i // threads for i in range(threads + 1)]
+    failures: list[BaseException] = []
+
+    def share(i: int) -> None:
+        try:
+            loop(*arrays, cuts[i], cuts[i + 1])
+        except BaseException as error:  # handed to the caller below
+            failures.append(error)
+
+    others = [threading.Thread(target=share, args=(i,)) for i in range(1, threads)]
+    for thread in others:
+        thread.start()
+    share(0)
+    for thread in others:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _array(argument: Any) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(_array(x) for x in argument)
+    return argument.detach().numpy() if isinstance(argument, Tensor) else argument
