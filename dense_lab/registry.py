@@ -74,6 +74,8 @@ class Registry:
     def __init__(self) -> None:
         self.plugins: list[Plugin] = []
         self.kernels: list[KernelLibrary] = []
+        self.files: tuple[Path, ...] = ()
+        """The loose files it was loaded with, for processes that have to load them too."""
         self.presets: dict[str, Preset] = {}
         self.checkpoint_readers: dict[str, CheckpointReader] = {}
         self._components: dict[str, dict[str, type[Component]]] = {}
@@ -167,6 +169,7 @@ def load(files: tuple[Path, ...] = (), points: tuple[EntryPoint, ...] | None = N
     their `error` set; a loose file that is broken raises InputError, since the user named it just now.
     """
     registry = Registry()
+    registry.files = files
     blocked = {name.strip() for name in os.environ.get(BLOCK_VARIABLE, "").split(",")}
     for point in sorted(points if points is not None else entry_points(group=GROUP), key=_builtin_first):
         plugin = Plugin(point.name, point.dist.version if point.dist else "?")

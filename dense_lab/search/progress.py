@@ -1,0 +1,89 @@
+"""A study at a glance, for the live display: cheap enough to be asked for several times a second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from statistics import fmean
+
+from dense_lab.results import FINISHED, StudyResults, TrialView
+
+
+@dataclass(frozen=True)
+class Running:
+    """A trial that is being trained."""
+
+    trial: TrialView
+    fraction: float | None
+    """Of its training tokens; None before the first line of metrics."""
+    loss: float | None
+    """Latest loss in nats per token: of the validation if there was one, else of the training batch."""
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A snapshot of a study."""
+
+    complete: int
+    pruned: int
+    failed: int
+    interrupted: int
+    """To be run again."""
+    total: int
+    workers: int
+    running: tuple[Running, ...]
+    best: TrialView | None
+    seconds_left: float | None
+    """Estimate; None before the first trial has finished."""
+
+    @property
+    def finished(self) -> int:
+        """Trials that nothing changes any more."""
+        return self.complete + self.pruned + self.failed
+
+
+def snapshot(study: StudyResults, workers: int) -> Progress:
+    """The study as its files say it stands."""
+    running = tuple(_running(trial) for trial in study.having("running"))
+    return Progress(
+        complete=len(study.having("complete")),
+        pruned=len(study.having("pruned")),
+        failed=len(study.having("failed")),
+        interrupted=len(study.having("interrupted")),
+        total=study.total,
+        workers=workers,
+        running=running,
+        best=study.best,
+        seconds_left=_seconds_left(study, running, workers),
+    )
+
+
+def _running(trial: TrialView) -> Running:
+    line, planned = trial.metrics, trial.tokens_planned
+    speed = line.get("tokens_per_second")
+    if speed is None and line.get("seconds") and line.get("tokens"):
+        speed = line["tokens"] / line["seconds"]
+    return Running(
+        trial=trial,
+        fraction=min(1.0, line["tokens"] / planned) if planned and "tokens" in line else None,
+        loss=line.get("valid/loss", line.get("train/loss")),
+        tokens_per_second=speed,
+    )
+
+
+def _seconds_left(study: StudyResults, running: tuple[Running, ...], workers: int) -> float | None:
+    times = [(t.ended - t.started).total_seconds() for t in study.having(*FINISHED) if t.ended and t.started]
+    if not times:
+        return None
+    each = fmean(times)
+    waiting = max(0, study.total - len(study.having(*FINISHED)) - len(running))
+    now = datetime.now(UTC)
+    # A trial that has taken longer than the mean without saying how far it is may end any moment.
+    rest = sum(
+        each * (1 - one.fraction)
+        if one.fraction is not None
+        else max(0.0, each - (now - one.trial.started).total_seconds() if one.trial.started else each)
+        for one in running
+    )
+    return (waiting * each + rest) / max(1, workers)

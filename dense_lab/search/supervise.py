@@ -1,0 +1,205 @@
+"""The parent of a search: starts workers, notices when one dies, sees to it that its trial is run again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from dense_lab.errors import DenseLabError, MachineError
+from dense_lab.files import FileLock
+from dense_lab.results import TRIALS
+from dense_lab.search import ledger as book
+from dense_lab.search.ledger import Ledger
+from dense_lab.search.worker import LEDGER_LOCK, Job, fail_folder, main
+
+TICK = 0.25
+"""Seconds between two looks at the workers."""
+_PATIENCE = 60.0
+"""Seconds that a worker has to stop in before it is killed."""
+_STILLBORN = 3
+"""Workers in a row that die without having claimed a trial before the search is given up."""
+_HEARTBEATS = 30.0
+"""Seconds between two looks for trials of other machines that have fallen silent."""
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+
+
+class Supervisor:
+    """Runs workers until nothing is left to be started, or until `stop` was called."""
+
+    def __init__(self, job: Job, workers: int, ledger: Ledger) -> None:
+        self.job, self.ledger = job, ledger
+        self.size = workers
+        self.stopping = False
+        self.lock = FileLock(job.folder / LEDGER_LOCK)
+        self._workers: dict[int, _Worker] = {}
+        self._deaths: dict[int, str] = {}
+        """How each process of this search that died came to it, by process id."""
+        self._stillborn = 0
+        self._stop_by = float("inf")
+        self._listen_at = time.monotonic() + _HEARTBEATS
+
+    def settle(self) -> list[int]:
+        """Fail what dead processes left running and queue it again; returns the trials concerned."""
+        with self.lock:
+            reaped = self.ledger.reap(self._why, self._give_up)
+            self.ledger.requeue()
+        return reaped
+
+    def may_start(self) -> bool:
+        """Whether there is a trial left to be started."""
+        with self.lock:
+            return self.job.plan.may_start(self.ledger)
+
+    def run(self, look: Callable[[], None]) -> None:
+        """Until all is done; `look` is called four times a second. Raises MachineError when no worker survives."""
+        try:
+            while self._workers or (not self.stopping and self.may_start()):
+                self._fill()
+                wait([worker.process.sentinel for worker in self._workers.values()], TICK)
+                self._bury()
+                self._hear()
+                look()
+        finally:
+            self.kill()
+            self.settle()
+
+    def stop(self) -> None:
+        """Ask every worker to leave its trial where it is; the second call kills them."""
+        if self.stopping:
+            self.kill()
+            return
+        self.stopping = True
+        self._stop_by = time.monotonic() + _PATIENCE
+        for worker in self._workers.values():
+            _tell(worker.pipe, "stop")
+
+    def kill(self) -> None:
+        """End the workers at once; what they were at is queued again by `settle`."""
+        for worker in self._workers.values():
+            worker.process.kill()
+        for worker in self._workers.values():
+            worker.process.join()
+
+    def _fill(self) -> None:
+        """A worker for every free place, while there is work that nobody is about to take."""
+        for index in range(self.size):
+            unfinished = self.job.plan.total - book.finished(self.ledger.trials())
+            if self.stopping or len(self._workers) >= min(self.size, unfinished) or not self.may_start():
+                return
+            if index not in self._workers:
+                self._workers[index] = _start(replace(self.job, index=index))
+
+    def _bury(self) -> None:
+        if time.monotonic() > self._stop_by:
+            self.kill()
+        for index, worker in list(self._workers.items()):
+            if worker.process.is_alive():
+                continue
+            worker.process.join()
+            del self._workers[index]
+            if worker.process.exitcode != 0:
+                self._mourn(worker)
+            worker.pipe.close()
+
+    def _mourn(self, worker: _Worker) -> None:
+        pid, code = worker.process.pid or 0, worker.process.exitcode or 0
+        problem = _last_words(worker.pipe)
+        if problem is not None:
+            raise problem
+        self._deaths[pid] = f"its worker (process {pid}) {_said(code)}"
+        self._stillborn = 0 if self.settle() else self._stillborn + 1
+        if self._stillborn >= _STILLBORN:
+            log = self.job.folder / "logs"
+            raise MachineError(f"{_STILLBORN} workers in a row died before they claimed a trial; see {log}")
+
+    def _hear(self) -> None:
+        if self.job.shared and time.monotonic() > self._listen_at:
+            self._listen_at = time.monotonic() + _HEARTBEATS
+            with self.lock:
+                self.ledger.fail_silent()
+                self.ledger.requeue()
+
+    def _why(self, owner: dict[str, Any]) -> dict[str, Any]:
+        """Attributes of an interrupted trial. Only deaths that were seen to be the trial's own count against it."""
+        reason = self._deaths.get(owner.get("pid", 0))
+        if reason is None:
+            return {"interrupted": "stopped by the user" if self.stopping else "the search was gone", "stopped": True}
+        return {"interrupted": reason}
+
+    def _give_up(self, root: int, reason: str) -> None:
+        fail_folder(self.job.folder / TRIALS / f"{root:04d}", reason)
+
+
+def _start(job: Job) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=main, args=(job, theirs), name=f"worker-{job.index}", daemon=False)
+    with _ignoring_interrupts(), _threads(job.threads):
+        process.start()
+    theirs.close()
+    return _Worker(process, pipe)
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """A process that is started here ignores Ctrl-C from its first instruction on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """A process that is started here finds these numbers of threads before it imports anything."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(count)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _tell(pipe: Connection, word: str) -> None:
+    # It may have ended by itself.
+    with suppress(OSError):
+        pipe.send(word)
+
+
+def _last_words(pipe: Connection) -> DenseLabError | None:
+    """The error that a worker met which is not its trial's, if it could tell."""
+    try:
+        problem: DenseLabError | None = pipe.recv() if pipe.poll() else None
+    # It was killed.
+    except (EOFError, OSError):
+        return None
+    return problem
+
+
+def _said(code: int) -> str:
+    if code < 0:
+        return f"was killed by signal {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"

@@ -1,0 +1,318 @@
+"""A worker: a process that claims trials one after another, trains them, and tells Optuna what came of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dense_lab.errors import DenseLabError, MachineError
+from dense_lab.files import FileLock, last_line, read_json, write_json, write_text
+from dense_lab.results import FINISHED, TRIAL_FILE, TRIALS, TrialView, read_trial
+from dense_lab.search import ledger as book
+from dense_lab.search.manifest import STUDY_JSON
+from dense_lab.search.objectives import values
+from dense_lab.search.owner import this_process
+from dense_lab.search.plan import Plan
+
+if TYPE_CHECKING:
+    import optuna
+
+    from dense_lab.search.stopping import Stop
+    from dense_lab.space import Parameter
+    from dense_lab.study import RunSpec
+
+Train = Callable[..., Any]
+"""`train(spec, folder, *, device, threads, on_evaluation)`, as in dense_lab.training; writes the folder's files."""
+LEDGER_LOCK = "ledger.lock"
+"""Held while a trial is claimed, so that the local processes of a study do that one at a time."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is started with."""
+
+    index: int
+    folder: Path
+    """Of the study, which is read from there."""
+    plan: Plan
+    url: str
+    """Of Optuna's storage."""
+    shared: bool
+    """Whether other machines use the storage too."""
+    device: str
+    threads: int
+    plugin_files: tuple[Path, ...]
+    train: Train | None
+    """None for `dense_lab.training.train`."""
+
+
+class Settled(Exception):
+    """Ends a trial that has no value to tell: it failed, or it repeats one that is being trained."""
+
+
+def main(job: Job, parent: Connection) -> None:
+    """Entry point of the process."""
+    from dense_lab.search.stopping import Stop
+
+    stop = Stop(parent)
+    _redirect(job.folder / "logs" / f"worker-{job.index}.log")
+    try:
+        Worker(job, stop).run()
+    # Not a trial's fault: the study or a plugin cannot be loaded, the machine lacks something. The parent says so.
+    except DenseLabError as error:
+        parent.send(error)
+        sys.exit(error.exit_code)
+
+
+def _redirect(log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+
+
+class Worker:
+    """The loop of a worker."""
+
+    def __init__(self, job: Job, stop: Stop) -> None:
+        from dense_lab import registry
+        from dense_lab.search.samplers import pruner
+        from dense_lab.search.storage import load_study
+        from dense_lab.space import Study
+
+        self.job, self.stop = job, stop
+        if job.plugin_files:
+            registry.set_default(registry.load(job.plugin_files))
+        self.registry = registry.default()
+        self.space = Study.load(job.folder / STUDY_JSON, registry=self.registry)
+        self.search = self.space.search
+        self.lock = FileLock(job.folder / LEDGER_LOCK)
+        self.study, storage = load_study(job.url, self.space.name)
+        self.study.pruner = pruner(self.search)
+        self.ledger = book.Ledger(self.study, storage, shared=job.shared)
+        self.train = job.train or _trainer()
+        self.device = _device(job)
+
+    def run(self) -> None:
+        """Train until there is nothing left to be started, or until asked to stop."""
+        try:
+            while not self.stop.requested and self._one():
+                pass
+        # Raised by a trial that was stopped; it has been recorded and is queued again by the parent.
+        except KeyboardInterrupt:
+            pass
+
+    def _one(self) -> bool:
+        from dense_lab.search.samplers import sampler
+
+        # Held from looking for work until the trial is claimed and signed, see `_objective`.
+        with self.lock:
+            self.ledger.requeue()
+            if not self.job.plan.may_start(self.ledger):
+                return False
+            self.job.plan.prepare(self.ledger)
+            self.study.sampler = sampler(self.search, len(self.ledger.trials()))
+            self.study.optimize(self._objective, n_trials=1, catch=(Settled,))
+        return True
+
+    def _objective(self, trial: optuna.Trial) -> list[float]:
+        root = int(trial.user_attrs.get("retry_of", trial.number))
+        folder = self.job.folder / TRIALS / f"{root:04d}"
+        try:
+            params, spec, problem = self._close(trial)
+            copied = self._copy(trial, root, spec)
+            if copied is not None:
+                return copied
+            self._sign(trial, root, folder, params, spec)
+        finally:
+            self.lock.release()
+        if spec is None:
+            raise self._failed(trial, folder, problem)
+        return self._trained(trial, spec, folder)
+
+    def _close(self, trial: optuna.Trial) -> tuple[dict[str, Any], RunSpec | None, str]:
+        """The sampled parameters and the spec they make; or no spec, and why."""
+
+        def suggest(parameter: Parameter) -> Any:
+            said = parameter.describe()
+            if said["type"] == "choice":
+                return trial.suggest_categorical(said["path"], said["labels"])
+            if said["type"] == "int":
+                return trial.suggest_int(said["path"], said["low"], said["high"], step=said["step"], log=said["log"])
+            return trial.suggest_float(said["path"], said["low"], said["high"], log=said["log"])
+
+        try:
+            spec = self.space.close(suggest)
+        # Valid options may still not go together: a width that the heads do not divide, a budget out of reach.
+        except DenseLabError as error:
+            return trial.params, None, str(error)
+        return trial.params, spec, ""
+
+    def _copy(self, trial: optuna.Trial, root: int, spec: RunSpec | None) -> list[float] | None:
+        """What is known of this spec already; None when the trial has to be trained."""
+        import optuna
+
+        if spec is None:
+            return None
+        digest = self._digest(spec)
+        twin = book.twin(self.ledger.trials(), digest, root)
+        if twin is None:
+            return None
+        trial.set_user_attr("copy_of", book.root(twin))
+        if twin.state is optuna.trial.TrialState.PRUNED:
+            for step, value in twin.intermediate_values.items():
+                trial.report(value, step)
+            raise optuna.TrialPruned
+        if twin.state is not optuna.trial.TrialState.COMPLETE:
+            raise Settled
+        return list(twin.values)
+
+    def _digest(self, spec: RunSpec) -> str:
+        from dense_lab.study import plugins_used
+
+        return spec.digest(plugins_used(spec, self.registry))
+
+    def _sign(self, trial: optuna.Trial, root: int, folder: Path, params: dict[str, Any], spec: RunSpec | None) -> None:
+        """Say who runs the trial, in the ledger and in its folder, before anything else happens."""
+        owner, digest = this_process(), self._digest(spec) if spec else ""
+        trial.set_user_attr("owner", owner)
+        trial.set_user_attr("digest", digest)
+        said = {
+            "number": root,
+            "attempt": trial.number,
+            "label": " ".join(value for value in params.values() if isinstance(value, str)),
+            "params": params,
+            "digest": digest,
+            "owner": owner,
+            # A trial that goes on after an interruption keeps its clock, which MLflow's timestamps are made of.
+            "started": read_json(folder / TRIAL_FILE).get("started") or _now(),
+        }
+        write_json(folder / TRIAL_FILE, said)
+
+    def _trained(self, trial: optuna.Trial, spec: RunSpec, folder: Path) -> list[float]:
+        import optuna
+
+        # An earlier attempt may have been killed between the end of training and telling so.
+        if not _has_ended(folder):
+            try:
+                with self.stop.interrupting():
+                    self.train(
+                        spec, folder, device=self.device, threads=self.job.threads, on_evaluation=self._judge(trial)
+                    )
+            except KeyboardInterrupt:
+                if not _has_ended(folder):
+                    self._leave(trial, folder, "stopped by the user")
+                    raise
+            except MachineError as error:
+                self._leave(trial, folder, str(error))
+                raise
+            # The isolation boundary: whatever a component does, the trial fails and the study goes on.
+            except Exception as error:  # noqa: BLE001
+                write_text(folder / "traceback.txt", traceback.format_exc())
+                raise self._failed(trial, folder, _reason(error)) from None
+        found = read_trial(folder)
+        if found is None or found.state not in FINISHED:
+            raise self._failed(trial, folder, "the trainer wrote no result.json")
+        self._record(trial, found)
+        if found.state == "pruned":
+            raise optuna.TrialPruned
+        if found.state == "failed":
+            raise Settled
+        try:
+            return values(self.search, found.metrics)
+        except DenseLabError as error:
+            raise self._failed(trial, folder, str(error)) from None
+
+    def _judge(self, trial: optuna.Trial) -> Callable[[Any], None]:
+        """What is called at every evaluation: tells Optuna the objective so far, and raises Pruned on its advice."""
+        from dense_lab.training import Pruned
+
+        metric = self.search.objective[0].metric
+        count = 0
+
+        def judge(evaluation: Any) -> None:
+            nonlocal count
+            count += 1
+            value = evaluation.metrics.get(metric)
+            if len(self.search.objective) > 1 or value is None:
+                return
+            with self.stop.deferring():
+                trial.report(value, count)
+                prune = trial.should_prune()
+            if prune:
+                raise Pruned(f"{self.search.pruner}: {metric} {value:.4g} at evaluation {count}")
+
+        return judge
+
+    def _record(self, trial: optuna.Trial, found: TrialView) -> None:
+        # Other machines read these from the storage; the files of this folder they may never see.
+        trial.set_user_attr("metrics", found.metrics)
+        trial.set_user_attr("tags", found.tags)
+        trial.set_user_attr("reason", found.reason)
+        trial.set_user_attr("outcome", found.state)
+
+    def _failed(self, trial: optuna.Trial, folder: Path, reason: str) -> Settled:
+        """Record a failure in the folder and in the ledger; the exception ends the trial."""
+        fail_folder(folder, reason)
+        found = read_trial(folder)
+        if found is not None:
+            self._record(trial, found)
+        return Settled(reason)
+
+    def _leave(self, trial: optuna.Trial, folder: Path, why: str) -> None:
+        """Leave the trial to be run again, which is not held against it."""
+        trial.set_user_attr("stopped", True)
+        trial.set_user_attr("interrupted", why)
+        write_json(folder / TRIAL_FILE, {**read_json(folder / TRIAL_FILE), "interrupted": why})
+
+
+def fail_folder(folder: Path, reason: str) -> None:
+    """Make the trial in `folder` one that failed for `reason`, keeping what its trainer has said already."""
+    said, result = read_json(folder / TRIAL_FILE), read_json(folder / "result.json")
+    default = {
+        "metrics": last_line(folder / "metrics.jsonl"),
+        "tags": {},
+        "started": said.get("started"),
+        "ended": _now(),
+    }
+    if result.get("status") == "failed" and result.get("reason"):
+        return
+    write_json(folder / "result.json", {**default, **result, "status": "failed", "reason": reason})
+
+
+def _has_ended(folder: Path) -> bool:
+    return read_json(folder / "result.json").get("status") in FINISHED
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:500]
+    return text if isinstance(error, DenseLabError) else f"{type(error).__name__}: {text}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _trainer() -> Train:
+    from dense_lab.training import train
+
+    trainer: Train = train
+    return trainer
+
+
+def _device(job: Job) -> str:
+    """Several GPUs are shared out among the workers."""
+    if job.train is None and job.device == "auto":
+        import torch
+
+        if torch.cuda.device_count() > 1:
+            return f"cuda:{job.index % torch.cuda.device_count()}"
+    return job.device

@@ -1,0 +1,1 @@
+"""Records of a study in other systems. The files in the study's folder come first; these are projections of them."""
