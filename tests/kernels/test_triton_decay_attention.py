@@ -1,0 +1,176 @@
+"""The Triton form of decay attention against the specification: on a GPU, else in Triton's interpreter, small."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.accuracy import as_dtype, assert_as_accurate, run_with_gradients
+
+GPU = torch.cuda.is_available()
+if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dense_lab_kernels.decay_attention import decay_attention, reference  # noqa: E402
+from dense_lab_kernels.decay_attention.triton_launch import Tile, Tiles, using_tiles  # noqa: E402
+
+DEVICE = "cuda" if GPU else "cpu"
+# Several chunks, blocks and tiles within few tokens, since the interpreter takes milliseconds per program.
+SMALL = Tiles(
+    32,
+    states=Tile(16, 16, 16, 4, 2),
+    scores=Tile(16, 16, 16, 4, 2),
+    score_grads=Tile(16, 16, 16, 4, 2),
+    values=Tile(16, 16, 16, 4, 2),
+    keys=Tile(16, 16, 16, 4, 2),
+)
+
+
+def draw(sizes: tuple[int, ...], decay: str, state: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Inputs for B, T, G, H, K, V, rounded to `dtype` (decays and states stay float32)."""
+    batch, tokens, groups, heads, key_size, value_size = sizes
+    generator = torch.Generator().manual_seed(sum(sizes))
+    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    inputs = {
+        "q": normal(batch, tokens, groups, key_size) * key_size**-0.5,
+        "k": normal(batch, tokens, groups, key_size),
+        "v": normal(batch, tokens, heads, value_size),
+    }
+    inputs = as_dtype(inputs, dtype)
+    if decay == "constant":
+        inputs["log_decay"] = torch.log(1 - 2.0 ** (-5 - torch.arange(heads).float()))
+    else:
+        inputs["log_decay"] = -torch.rand(batch, tokens, heads, generator=generator)
+    if state == "initial state":
+        inputs["initial_state"] = normal(batch, heads, key_size, value_size)
+    return inputs
+
+
+def plain_form(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The attention form in torch with its matrix products in q's dtype: what a plain implementation on a GPU does."""
+    dtype, tokens, heads = q.dtype, v.shape[1], v.shape[2]
+    q, k = (x.repeat_interleave(heads // x.shape[2], dim=2).transpose(1, 2) for x in (q, k))
+    values = v.transpose(1, 2)
+    sums = log_decay.expand(v.shape[:3]).transpose(1, 2).cumsum(-1)
+    gaps = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(
+        torch.ones(tokens, tokens, dtype=torch.bool, device=v.device).triu(1), float("-inf")
+    )
+    output = ((q @ k.mT).float() * gaps.exp()).to(dtype) @ values
+    leave = (k.float() * (sums[..., -1:] - sums).exp().unsqueeze(-1)).to(dtype)
+    state = (leave.mT @ values).float()
+    if initial_state is not None:
+        enter = (q.float() * sums.exp().unsqueeze(-1)).to(dtype)
+        output = output + enter @ initial_state.to(dtype)
+        state = state + sums[..., -1:, None].exp() * initial_state
+    return output.transpose(1, 2), state
+
+
+def check(sizes: tuple[int, ...], decay: str, state: str, dtype: torch.dtype, tiles: Tiles | None) -> None:
+    inputs = {name: x.to(DEVICE) for name, x in draw(sizes, decay, state, dtype).items()}
+    # The gradient of a constant decay is one number per head: too few to judge an error by, so it has its own test.
+    fixed = {"log_decay": inputs.pop("log_decay")} if decay == "constant" else {}
+    with_double = partial(reference.decay_attention, **as_dtype(fixed, torch.float64))
+    exact = run_with_gradients(with_double, as_dtype(inputs, torch.float64))
+    plain = run_with_gradients(partial(plain_form, **fixed), inputs)
+    with using_tiles(tiles):
+        fast = run_with_gradients(partial(decay_attention, **fixed, impl="triton"), inputs)
+    assert_as_accurate(fast, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("sizes", "decay", "state"),
+    [
+        ((1, 1, 1, 1, 4, 6), "constant", "initial state"),
+        ((1, 63, 1, 2, 20, 24), "per token", "initial state"),
+        ((2, 40, 2, 2, 20, 24), "constant", "no state"),
+        ((1, 70, 2, 2, 33, 17), "constant", "initial state"),
+        ((1, 65, 2, 4, 16, 16), "per token", "no state"),
+    ],
+    ids=str,
+)
+def test_equals_the_reference_with_small_tiles(
+    sizes: tuple[int, ...], decay: str, state: str, dtype: torch.dtype, poisoned_empty: None
+) -> None:
+    check(sizes, decay, state, dtype, SMALL)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("decay", ["constant", "per token"])
+@pytest.mark.parametrize("tokens", [1, 63, 100, 257, 600])
+@pytest.mark.parametrize(
+    "heads", [(2, 2, 128, 128), (2, 2, 100, 72), (1, 4, 128, 64), (1, 1, 384, 520), (2, 4, 24, 40)], ids=str
+)
+def test_equals_the_reference_by_rule(
+    heads: tuple[int, ...], tokens: int, decay: str, dtype: torch.dtype, poisoned_empty: None
+) -> None:
+    check((2, tokens, *heads), decay, "initial state", dtype, None)
+
+
+def test_a_strong_decay_forgets_everything_before_it() -> None:
+    inputs = {name: x.to(DEVICE) for name, x in draw((1, 24, 1, 1, 8, 8), "per token", "none", torch.float32).items()}
+    inputs["log_decay"][:, 11] = -torch.inf
+    with using_tiles(SMALL):
+        whole = decay_attention(**inputs, impl="triton")
+        rest = decay_attention(**{name: x[:, 11:] for name, x in inputs.items()}, impl="triton")
+    torch.testing.assert_close(whole.output[:, 11:], rest.output, rtol=0, atol=1e-5)
+    torch.testing.assert_close(whole.final_state, rest.final_state, rtol=0, atol=1e-5)
+
+
+def test_pieces_with_the_state_handed_on_equal_the_whole() -> None:
+    inputs = {name: x.to(DEVICE) for name, x in draw((1, 50, 1, 2, 8, 8), "per token", "none", torch.float32).items()}
+    with using_tiles(SMALL):
+        whole = decay_attention(**inputs, impl="triton")
+        first = decay_attention(**{name: x[:, :37] for name, x in inputs.items()}, impl="triton")
+        second = decay_attention(
+            **{name: x[:, 37:] for name, x in inputs.items()}, initial_state=first.final_state, impl="triton"
+        )
+    joined = torch.cat([first.output, second.output], dim=1)
+    scale = whole.output.abs().max().item()
+    torch.testing.assert_close(joined, whole.output, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(second.final_state, whole.final_state, rtol=0, atol=1e-5 * scale)
+
+
+def test_gradient_of_a_constant_decay_is_summed_over_batch_and_time(poisoned_empty: None) -> None:
+    inputs = {name: x.to(DEVICE) for name, x in draw((2, 40, 1, 2, 8, 8), "constant", "none", torch.float32).items()}
+    exact = run_with_gradients(reference.decay_attention, as_dtype(inputs, torch.float64))
+    with using_tiles(SMALL):
+        fast = run_with_gradients(lambda **x: decay_attention(**x, impl="triton"), inputs)
+    scale = exact["dlog_decay"].abs().max().item()
+    torch.testing.assert_close(fast["dlog_decay"].double(), exact["dlog_decay"], rtol=0, atol=1e-5 * scale)
+
+
+def test_strided_inputs_equal_contiguous_ones() -> None:
+    inputs = {name: x.to(DEVICE) for name, x in draw((1, 20, 2, 2, 16, 16), "constant", "none", torch.float32).items()}
+    joined = torch.cat([inputs["q"], inputs["k"], inputs["v"]], dim=-1)
+    q, k, v = joined.split(16, dim=-1)
+    with using_tiles(SMALL):
+        strided = decay_attention(
+            q, k, v.transpose(-1, -2).contiguous().transpose(-1, -2), inputs["log_decay"], impl="triton"
+        )
+        plain = decay_attention(**inputs, impl="triton")
+    assert torch.equal(strided.output, plain.output)
+
+
+@pytest.mark.gpu
+def test_long_sequences_take_memory_in_proportion(poisoned_empty: None) -> None:
+    def peak(tokens: int) -> int:
+        inputs = {
+            n: x.to(DEVICE) for n, x in draw((1, tokens, 2, 2, 64, 64), "constant", "none", torch.bfloat16).items()
+        }
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = run_with_gradients(lambda **x: decay_attention(**x, impl="triton"), inputs)
+        assert all(x.isfinite().all() for x in results.values())
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(131072) < 2.5 * peak(65536)
