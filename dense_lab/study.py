@@ -62,7 +62,9 @@ class TrainSpec(Spec):
     """AdamW's first moment."""
     beta2: Fraction = 0.95
     """AdamW's second moment."""
-    clip: Annotated[Positive | None, BeforeValidator(lambda value: None if value == "none" else value)] = 1.0
+    clip: Annotated[Positive | None, BeforeValidator(lambda value: None if value == "none" else value)] = Field(
+        1.0, json_schema_extra={"x-also": {"const": "none"}}
+    )
     """Largest global gradient norm; none for no clipping."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the forward and backward pass; auto is bf16 on a GPU and fp32 elsewhere. Weights stay in fp32."""
@@ -147,7 +149,9 @@ class SearchSpec(Spec):
     """Trials in all, resumed ones included."""
     pruner: Literal["none", "median", "asha"] = "none"
     """When a trial is stopped early, judged by the objective at evaluations; single objective only."""
-    objective: tuple[Objective, ...] = (Objective(minimize="valid/loss"),)
+    objective: tuple[Objective, ...] = Field(
+        (Objective(minimize="valid/loss"),), json_schema_extra={"x-also": {"$ref": "#/$defs/Objective"}}
+    )
     """One, or several for a Pareto front."""
     seed: Size = 0
     """Of the sampler."""
