@@ -62,7 +62,7 @@ def test_unknown_split_and_field(folder: str) -> None:
 def test_offline_by_wish(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tests/conftest.py` sets HF_HUB_OFFLINE before `datasets` is imported."""
     start = time.perf_counter()
-    with pytest.raises(MachineError, match="cannot be reached .*local files"):
+    with pytest.raises(MachineError, match=r"cannot be reached .*local files"):
         HuggingFace(name="nobody/nothing").prepare()
     assert time.perf_counter() - start < 10
 
@@ -76,6 +76,6 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     start = time.perf_counter()
-    with pytest.raises(MachineError, match="which cannot be reached .*HF_HUB_OFFLINE=1"):
+    with pytest.raises(MachineError, match=r"which cannot be reached .*HF_HUB_OFFLINE=1"):
         HuggingFace(name="nobody/nothing").prepare()
     assert time.perf_counter() - start < 10

@@ -89,7 +89,7 @@ def test_questions_are_where_the_power_law_puts_them() -> None:
 def test_question_places_agree_with_the_reference_on_average() -> None:
     stored = json.loads(str(np.load(ORACLES / "mqar_L256_kv16.npz", allow_pickle=False)["meta"]))
     batch = next(MQAR(seq_len=256, pairs=16).prepare().train_batches(2000, seed=1))
-    rows, places = np.nonzero(batch.targets.numpy() != IGNORED)
+    _, places = np.nonzero(batch.targets.numpy() != IGNORED)
     slots = ((places - 32) / 2).reshape(2000, 16)
     # The reference's mean over 16 rows of 16 has the larger error; rows are independent, slots within one nearly so.
     error = slots.mean(1).std() / 16**0.5

@@ -11,7 +11,9 @@ from dense_lab.errors import InputError
 
 
 class Character(Tokenizer):
-    """The characters that occur in the training split, in code point order; a line feed stands between documents."""
+    """The characters that occur in the training split, from token 1 on in code point order; token 0 stands for all
+    others. A line feed stands between documents.
+    """
 
     kind: Literal["character"] = "character"
 
@@ -24,19 +26,13 @@ class _Characters(Encoder):
     unit = "character"
 
     def __init__(self, alphabet: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
-        self.alphabet, self.vocab_size = alphabet, len(alphabet)
+        self.alphabet, self.vocab_size = alphabet, len(alphabet) + 1
 
-    def encode(self, documents: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.uint16 | np.uint32]]:
+    def encode(self, documents: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]:
         points = _code_points(documents)
-        tokens = np.searchsorted(self.alphabet, points).clip(max=self.vocab_size - 1)
-        unknown = np.unique(points[self.alphabet[tokens] != points])
-        if len(unknown):
-            examples = ", ".join(repr(chr(point)) for point in unknown[:5])
-            raise InputError(
-                f"tokenizer character: {len(unknown)} characters of validation or test never occur in the training "
-                f"text ({examples}): use `tokenizer: byte`, or split otherwise"
-            )
-        return tokens.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        places = np.searchsorted(self.alphabet, points).clip(max=len(self.alphabet) - 1)
+        known = self.alphabet[places] == points
+        return np.where(known, places + 1, 0).astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
 
 def _code_points(documents: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.uint32]]:
