@@ -131,9 +131,10 @@ class _Writer:
         return schema
 
     def _openable(self, value: JSON, shape: Shape) -> JSON:
-        options: JSON = {"type": "array", "items": value, "minItems": 1}
+        named = {"type": "object", "additionalProperties": value, "minProperties": 1}
+        options: JSON = {"anyOf": [{"type": "array", "items": value, "minItems": 1}, named]}
         if shape.slot is not None:
-            options = {"anyOf": [options, {"const": "installed", "description": "Every installed component."}]}
+            options["anyOf"].append({"const": "installed", "description": "Every installed component."})
         variants = [value, self._object({"choice": options}, ["choice"], "An open value: one of several options.")]
         if _numeric(value):
             variants += [{"$ref": f"#/$defs/{kind} range"} for kind in ("int", "float")]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from dense_lab import presets
 from dense_lab import registry as registries
 from dense_lab import space_frozen as frozen
 from dense_lab import space_tree as trees
@@ -27,8 +25,6 @@ from dense_lab.yaml_file import Document, load
 
 __all__ = ["Choice", "Float", "Int", "Parameter", "Point", "Study"]
 
-PRESET = f"model.{presets.KEY}"
-"""Dotted path that names a model of the registry, below whatever the study says of it."""
 DEEPEST = 1000
 """Blocks of a model; more is a slip."""
 _SIZED_IN_FULL = 64
@@ -64,7 +60,7 @@ class Study:
         registry = registry or registries.default()
         document = load(path) if path is not None else Document("defaults", {"dense_lab": GRAMMAR, "name": "run"})
         draft = Draft(document, registry)
-        _override(draft, overrides)
+        draft.apply(list(overrides))
         _check_version(draft)
         draft.tree.setdefault("name", path.stem if path is not None else "run")
         root = open_tree(draft.tree, draft, registry)
@@ -237,33 +233,6 @@ def _lookup(params: Mapping[str, Any]) -> Callable[[Parameter], Any]:
         return params[parameter.path]
 
     return pick
-
-
-def _override(draft: Draft, overrides: Iterable[tuple[str, str]]) -> None:
-    """Apply `--set`, and a preset below the file's own values; raises InputError with every problem."""
-    found: list[Problem] = []
-
-    def apply(chosen: Sequence[tuple[str, str]]) -> None:
-        for path, text in chosen:
-            try:
-                draft.override(path, text)
-            except InputError as error:
-                found.extend(error.problems)
-
-    overrides = list(overrides)
-    apply([pair for pair in overrides if pair[0] == PRESET])
-    try:
-        draft.tree = presets.expand(draft.tree, draft.registry)
-    except InputError as error:
-        raise InputError(replace(p, where=draft.where(_keys(p.path))) for p in error.problems) from None
-    apply([pair for pair in overrides if pair[0] != PRESET])
-    if found:
-        raise InputError(found)
-
-
-def _keys(path: str) -> tuple[str | int, ...]:
-    """`model.choice[0].preset` as keys and indices."""
-    return tuple(int(word) if word.isdecimal() else word for word in re.split(r"[.\[]", path.replace("]", "")))
 
 
 def _check_version(draft: Draft) -> None:

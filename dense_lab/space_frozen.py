@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,37 +54,41 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> li
     if old.get("grammar") != new["grammar"]:
         text = f"study {name!r} has grammar {old.get('grammar')}, this is {new['grammar']}: give it a new name"
         return [Problem(text, "dense_lab")]
-    found = []
-    for part in ("parameters", "fixed", "budget", "objective", "plugins"):
-        before, after = _by_name(old.get(part)), _by_name(new[part])
-        for path in sorted(before.keys() | after.keys()):
-            if before.get(path) != after.get(path):
-                where = path if part in ("parameters", "fixed") else f"{part}.{path}".strip(".")
-                text = f"was {_said(before.get(path))} when study {name!r} began and is {_said(after.get(path))} now"
-                found.append(Problem(f"{text}; {_remedy(part, path, before.get(path))}", where))
-    return found
+    before, after = _said(old), _said(new)
+    changed = [path for path in sorted(before.keys() | after.keys()) if before.get(path) != after.get(path)]
+    # Below a choice that changed, everything did.
+    topmost = [path for path in changed if not any(path.startswith(f"{above}.") for above in changed)]
+    return [Problem(_difference(path, before.get(path), after.get(path), name), path) for path in topmost]
 
 
-def _by_name(part: Any) -> dict[str, Any]:
-    if isinstance(part, list):
-        return {entry["path"]: entry for entry in part} if part and "path" in part[0] else {"": part}
-    return dict(part or {})
+def _said(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What a manifest says of each dotted path, in the words of the grammar."""
+    said = {path: _value(value) for path, value in manifest.get("fixed", {}).items()}
+    said |= {entry["path"]: _open_value(entry) for entry in manifest.get("parameters", [])}
+    said |= {f"budget.{path}": _value(value) for path, value in manifest.get("budget", {}).items()}
+    said |= {f"plugin {plugin}": version for plugin, version in manifest.get("plugins", {}).items()}
+    return said | {"search.objective": _value(manifest.get("objective", []))}
 
 
-def _said(value: Any) -> str:
-    """A frozen value in the words of the grammar."""
-    if isinstance(value, dict) and value.get("type") == "choice":
-        return "{choice: [" + ", ".join(value["labels"]) + "]}"
-    if isinstance(value, dict) and value.get("type") in ("int", "float"):
-        log = ", log: true" if value["log"] else ""
-        step = f", step: {value['step']}" if value.get("step", 1) != 1 else ""
-        return f"{{{value['type']}: [{value['low']}, {value['high']}]{log}{step}}}"
-    return "absent" if value is None else str(value)
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_value(item)}" for key, item in value.items() if item is not None) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
-def _remedy(part: str, path: str, before: Any) -> str:
-    if part == "plugins":
-        return f"install {path} {before} again, or give the study a new name" if before else "give the study a new name"
-    if before is None or part in ("budget", "objective") or (isinstance(before, dict) and "one of" in before):
-        return "change it back, or give the study a new name"
-    return f"go on with --set '{path}={_said(before)}', or give the study a new name"
+def _open_value(entry: Mapping[str, Any]) -> str:
+    if entry["type"] == "choice":
+        return _value({"choice": entry["labels"]})
+    kept = {key: entry[key] for key in ("log", "step") if entry.get(key) not in (None, False, 1)}
+    return _value({entry["type"]: [entry["low"], entry["high"]], **kept})
+
+
+def _difference(path: str, before: str | None, after: str | None, name: str) -> str:
+    text = f"{before or 'absent'} when study {name!r} began, {after or 'absent'} now"
+    if path.startswith("plugin "):
+        return f"{text}: install that version again, or give the study a new name"
+    if before is None or "one of" in before:
+        return f"{text}: change it back, or give the study a new name"
+    return f"{text}: go on with --set '{path}={before}', or give the study a new name"

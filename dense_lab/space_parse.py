@@ -24,9 +24,6 @@ CLOSED = ("dense_lab", "name", "budget", "search")
 class Places(Protocol):
     """Where values and keys were written."""
 
-    picked: dict[At, str]
-    """Label of the one option that is left of a choice."""
-
     def where(self, at: At) -> str:
         """Place of a value."""
         ...
@@ -51,21 +48,33 @@ def open_tree(tree: dict[str, Any], places: Places, registry: Registry) -> Table
     return root
 
 
-def labels(options: list[Any], shape: Shape) -> list[str]:
-    """What each option is called: its value or its kind, with its keys where several options share a kind."""
-    short = [label(option, shape, keys=False) for option in options]
+def labels(options: list[Any] | dict[str, Any], shape: Shape) -> list[str]:
+    """What each option is called: the name that the study gives it, or its value or kind.
+
+    Where several options share a kind, their keys are part of the label.
+    """
+    if isinstance(options, dict):
+        return list(options)
+    short = [label(option, shape, with_keys=False) for option in options]
     shared = Counter(short)
-    return [label(o, shape, keys=True) if shared[name] > 1 else name for o, name in zip(options, short, strict=True)]
+    return [
+        label(o, shape, with_keys=True) if shared[name] > 1 else name for o, name in zip(options, short, strict=True)
+    ]
 
 
-def label(value: Any, shape: Shape, keys: bool) -> str:
-    """A short name for a plain value; `keys` says whether a mapping's keys are part of it."""
+def keys(options: list[Any] | dict[str, Any]) -> list[Any]:
+    """The indices or names of the options, in the order of `labels`."""
+    return list(options) if isinstance(options, dict) else list(range(len(options)))
+
+
+def label(value: Any, shape: Shape, with_keys: bool) -> str:
+    """A short name for a plain value; `with_keys` says whether a mapping's keys are part of it."""
     if is_open(value):
         return "|".join(f"{key}={_text(item)}" for key, item in sorted(value.items()))
     if isinstance(value, dict):
         kind = shape.kind(value) or value.get("kind")
         kept = {key: item for key, item in value.items() if key != "kind" and not key.startswith("x-")}
-        if kind and not (keys and kept):
+        if kind and not (with_keys and kept):
             return kind
         return (kind or "") + "{" + ",".join(f"{key}={_text(kept[key])}" for key in sorted(kept)) + "}"
     return _text(value)
@@ -73,7 +82,7 @@ def label(value: Any, shape: Shape, keys: bool) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return label(value, Shape(), keys=True)
+        return label(value, Shape(), with_keys=True)
     if isinstance(value, list):
         return "[" + ",".join(map(_text, value)) + "]"
     plain = number(value) if not isinstance(value, bool) else value
@@ -137,11 +146,11 @@ class _Parser:
     def _choice(self, options: Any, shape: Shape, place: dict[str, str], at: At) -> Node:
         if options == "installed":
             options = installed(shape, self.registry)
-        if not isinstance(options, list) or not options:
+        if not isinstance(options, (list, dict)) or not options:
             raise InputError(f"expected a list of options, such as {{choice: [a, b]}}, got {_text(options)}")
         named: dict[str, Node] = {}
-        for index, (option, name) in enumerate(zip(options, labels(options, shape), strict=True)):
-            here = (*at, "choice", index)
+        for key, name in zip(keys(options), labels(options, shape), strict=True):
+            here, option = (*at, "choice", key), options[key]
             if is_open(option):
                 raise InputError("an option cannot itself be open: list its options beside the others")
             if name in named:
@@ -150,8 +159,7 @@ class _Parser:
                 continue
             node = self.node(option, shape, _join(place["path"], name), here)
             named[name] = replace(node, fork=place["path"])
-        left = [self.places.picked[at]] if at in self.places.picked else sorted(named, key=label_order)
-        return Fork(**place, options={name: named[name] for name in left})
+        return Fork(**place, options={name: named[name] for name in sorted(named, key=label_order)})
 
     def _refuse(self, place: dict[str, str], message: str) -> Leaf:
         self.problems.append(Problem(message, place["path"], place["where"]))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 from dense_lab import presets
-from dense_lab.errors import InputError
+from dense_lab.errors import InputError, Problem
 from dense_lab.registry import Registry
-from dense_lab.space_parse import At, labels
+from dense_lab.space_parse import At, keys, labels
 from dense_lab.space_problems import unknown_key
 from dense_lab.space_shape import ROOT, Shape, installed
 from dense_lab.yaml_file import Document, parse
 
 _DOT = re.compile(r"\.(?![^{}]*\})")
 """A dot that is not within the braces of a label such as `retnet{value_factor=1.5}`."""
+_PRESET = f"model.{presets.KEY}"
 
 
 class Draft:
@@ -24,8 +26,6 @@ class Draft:
     def __init__(self, document: Document, registry: Registry) -> None:
         self.tree: Any = copy.deepcopy(document.tree)
         self.registry = registry
-        self.picked: dict[At, str] = {}
-        """Labels that `--set` gave to choices: one option is left, and its label still enters the paths below it."""
         self._document = document
         self._values, self._keys = dict(document.values), dict(document.keys)
 
@@ -39,8 +39,29 @@ class Draft:
         """Place of the key at `at`; that of its value if it has none, as for items of lists."""
         return self._keys.get(at) or self.where(at)
 
-    def override(self, path: str, text: str) -> None:
-        """Apply `--set path=text`; raises InputError located at it. `text` is YAML."""
+    def apply(self, overrides: list[tuple[str, str]]) -> None:
+        """Apply `--set path=text` in turn, over the file, over presets; raises InputError with every problem."""
+        found: list[Problem] = []
+        # Which preset it is must be known before anything can be said about what it means.
+        for path, text in sorted(overrides, key=lambda pair: pair[0] != _PRESET):
+            try:
+                if path != _PRESET:
+                    self._expand()
+                self._override(path, text)
+            except InputError as error:
+                found.extend(error.problems)
+        if found:
+            raise InputError(found)
+        self._expand()
+
+    def _expand(self) -> None:
+        """Write presets out."""
+        try:
+            self.tree = presets.expand(self.tree, self.registry)
+        except InputError as error:
+            raise InputError(replace(p, where=self.where(_keys(p.path))) for p in error.problems) from None
+
+    def _override(self, path: str, text: str) -> None:
         flag = f"--set {path}"
         value = parse(text, flag, where=flag).tree
         try:
@@ -86,7 +107,7 @@ class Draft:
     def _step(self, node: Any, shape: Shape, names: list[str], at: At) -> tuple[At, Shape]:
         """Take names off the front of `names`; gives the keys that lead one place down, and its shape."""
         name = names.pop(0)
-        if isinstance(node, dict) and isinstance(node.get("choice"), list):
+        if isinstance(node, dict) and isinstance(node.get("choice"), (list, dict)):
             return ("choice", _option(node["choice"], shape, name, names)), shape
         if isinstance(node, list):
             return (_index(node, name),), shape.child(node, int(name), self.registry)
@@ -108,27 +129,42 @@ class Draft:
         old = node[last] if isinstance(node, list) else node.get(last)
         if isinstance(old, dict) and old.get("choice") == "installed":
             old["choice"] = installed(shape, self.registry)
-        if isinstance(old, dict) and isinstance(old.get("choice"), list) and not isinstance(value, (dict, list)):
-            names = labels(old["choice"], shape)
+        if (
+            isinstance(old, dict)
+            and isinstance(old.get("choice"), (list, dict))
+            and not isinstance(value, (dict, list))
+        ):
+            options = old["choice"]
+            by_label = dict(zip(labels(options, shape), keys(options), strict=True))
             name = labels([value], shape)[0]
-            if name in names:
-                self.picked[at] = name
+            if name in by_label:
+                # One option is left; by its name its label still enters the paths below it.
+                self._move((*at, "choice", by_label[name]), (*at, "choice", name))
+                old["choice"] = {name: options[by_label[name]]}
                 return
         node[last] = value
         self._forget(at, flag)
 
+    def _move(self, old: At, new: At) -> None:
+        """What stood at and below `old` stands at `new` now."""
+        for places in (self._values, self._keys):
+            moved = [path for path in places if path[: len(old)] == old]
+            places.update({new + path[len(old) :]: places.pop(path) for path in moved})
+
     def _forget(self, at: At, flag: str) -> None:
         """Everything at and below `at` was said by `flag`."""
-        for places in (self._values, self._keys, self.picked):
+        for places in (self._values, self._keys):
             for path in [path for path in places if path[: len(at)] == at]:
                 del places[path]
         self._values[at] = self._keys[at] = flag
 
 
-def _option(options: list[Any], shape: Shape, name: str, below: list[str]) -> int:
+def _option(options: list[Any] | dict[str, Any], shape: Shape, name: str, below: list[str]) -> int | str:
+    """The index or name of the option called `name`."""
     known = labels(options, shape)
     if name in known and below:
-        return known.index(name)
+        found: int | str = keys(options)[known.index(name)]
+        return found
     asked = [name, *below] if name not in known else ["KEY"]
     examples = " or ".join(".".join(["...", option, *asked]) for option in known)
     raise InputError(f"a choice stands here: say below which option, such as {examples}")
@@ -138,3 +174,8 @@ def _index(items: list[Any], name: str) -> int:
     if not name.isdecimal() or int(name) >= len(items):
         raise InputError(f"expected the number of an item, 0 to {len(items) - 1}, got {name!r}")
     return int(name)
+
+
+def _keys(path: str) -> At:
+    """`model.choice[0].preset` as keys and indices."""
+    return tuple(int(word) if word.isdecimal() else word for word in re.split(r"[.\[]", path.replace("]", "")))
