@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dense_lab.components import FFN, Component, Core, Data, Fusion, Gate, Pattern, Projection, Transition
+from dense_lab.components import FFN, Component, Core, Data, Fusion, Gate, Pattern, Projection, Tokenizer, Transition
 from dense_lab.modules import Activation, CoreModule, Selected, State
 
 WIDTH = 32
@@ -317,7 +317,7 @@ class DataTests(ComponentTests):
             assert inputs.shape == targets.shape
             assert inputs.shape[1] == corpus.seq_len
             assert inputs.dtype == targets.dtype == torch.int64
-            assert 0 <= int(inputs.min())
+            assert int(inputs.min()) >= 0
             assert int(max(inputs.max(), targets.max())) < corpus.vocab_size
 
     def test_evaluation_is_fixed(self, component: Data) -> None:
@@ -336,6 +336,25 @@ class DataTests(ComponentTests):
         corpus = component.prepare()
         assert corpus.fingerprint
         assert corpus.fingerprint == component.prepare().fingerprint
+
+
+class TokenizerTests(ComponentTests):
+    """Tokens depend on the text alone."""
+
+    def test_tokens_repeat_and_fit(self, component: Tokenizer) -> None:
+        """The same text gives the same tokens, within the vocabulary; text that was never seen can be encoded too."""
+        documents = ["the first document\n" * 20, "é, the second one\n" * 20]
+        texts = [document.encode() for document in documents]
+        encoder, again = component.fit(texts), component.fit(texts)
+        assert encoder.unit
+        assert encoder.vocab_size == again.vocab_size
+        for seen in (texts, ["Ω ≠ \U0001f600".encode()]):
+            tokens = encoder.encode(seen)
+            assert tokens.ndim == 1
+            assert tokens.dtype.kind == "u"
+            assert len(tokens) > 0
+            assert int(tokens.max()) < encoder.vocab_size
+            assert (tokens == again.encode(seen)).all()
 
 
 def assert_per_token(function: Any, x: Tensor, width: int) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from dense_lab.errors import InputError
-from dense_lab.results import read_json, read_lines
+from dense_lab.files import read_json, read_lines, write_json, write_text
 from dense_lab.study import RunSpec
 from dense_lab.training.outcome import Result, Status
 
@@ -26,7 +24,6 @@ class Recorder:
 
     def begin(self, spec: RunSpec, plugins: dict[str, str]) -> None:
         """Write spec.json; raises InputError when the folder holds another run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         digest = spec.digest(plugins)
         stored = read_json(self.folder / SPEC).get("digest", digest)
         if stored != digest:
@@ -62,15 +59,3 @@ class Recorder:
 def now() -> str:
     """The time, ISO 8601, UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text)
-    scratch.replace(path)

@@ -59,4 +59,4 @@ TestFFN = _make("ffn", testing.FFNTests)
 
 
 def test_every_slot_has_a_kit() -> None:
-    assert set(registry.default().slots()) - {"data"} == set(KIT)
+    assert set(registry.default().slots()) - {"data", "tokenizer"} == set(KIT)  # Those two are tested in tests/data.

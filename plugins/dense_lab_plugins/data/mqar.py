@@ -59,6 +59,10 @@ class MQAR(Data):
         """Rows are made when they are asked for."""
         return _Rows(self)
 
+    def vocabulary(self) -> int:
+        """V, known without making a row."""
+        return self.vocab
+
 
 class _Rows(Corpus):
     unit = "question"
