@@ -81,8 +81,9 @@ def _value(value: Any) -> str:
 def _open_value(entry: Mapping[str, Any]) -> str:
     if entry["type"] == "choice":
         return _value({"choice": entry["labels"]})
-    kept = {key: entry[key] for key in ("log", "step") if entry.get(key) not in (None, False, 1)}
-    return _value({entry["type"]: [entry["low"], entry["high"]], **kept})
+    log = {"log": True} if entry["log"] else {}
+    step = {"step": entry["step"]} if entry.get("step", 1) != 1 else {}
+    return _value({entry["type"]: [entry["low"], entry["high"]], **log, **step})
 
 
 def _difference(path: str, before: str | None, after: str | None, name: str) -> str:
