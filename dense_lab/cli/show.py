@@ -34,6 +34,7 @@ def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         told = {"name": loaded.name, "digest": loaded.digest(), "space": space, "points": loaded.size()}
         options.print_json({**told, "architectures": rows, "estimated_seconds": seconds})
         return
+    from dense_lab.cli.live import duration
     from dense_lab.units import human
 
     _print_space(loaded)
@@ -45,7 +46,7 @@ def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     options.print_table("Architectures (others at their first option)", columns, cells, right=columns[1:])
     trials = loaded.search.trials if loaded.space else 1
     options.console().print(
-        f"{trials} trials of {human(rows[0]['tokens'])} tokens: roughly {_duration(seconds)} on this machine's "
+        f"{trials} trials of {human(rows[0]['tokens'])} tokens: roughly {duration(seconds)} on this machine's "
         f"processor, one after the other"
     )
 
@@ -65,7 +66,7 @@ def _sized(study: Study, label: str, params: dict[str, Any]) -> dict[str, Any]:
     from dense_lab.model import count
 
     run = study.point(params)
-    counts = count(run.model, run.data.vocabulary())
+    counts = count(run.model, run.data.prepare().vocab_size)
     return {
         "label": label,
         "params": params,
@@ -95,12 +96,6 @@ def _matrix_rate() -> float:
         a @ a
         times.append(time.perf_counter() - start)
     return 2 * 1024**3 / min(times)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _print_space(study: Study) -> None:

@@ -1,0 +1,92 @@
+"""The live display of a search: what is done, what runs and how well, the best so far, the time left."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from dense_lab.results import TrialView
+from dense_lab.units import human
+
+if TYPE_CHECKING:
+    from dense_lab.search import Progress
+
+
+class Display:
+    """Redraws in place on a terminal; elsewhere prints a line for each trial that ends."""
+
+    def __init__(self, console: Console, metric: str):
+        self.console, self.metric = console, metric
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._told = -1
+
+    def __enter__(self) -> Display:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Show a snapshot."""
+        if self._live:
+            self._live.update(self._picture(progress))
+        elif progress.finished != self._told:
+            self._told = progress.finished
+            self.console.print(self._line(progress))
+
+    def _line(self, progress: Progress) -> str:
+        parts = [f"{progress.finished}/{progress.total} trials"]
+        parts += [f"{progress.pruned} pruned"] * bool(progress.pruned) + [f"{progress.failed} failed"] * bool(progress.failed)
+        if progress.best:
+            parts.append(f"best {self.metric} {progress.best.metrics[self.metric]:.4f} (trial {progress.best.number})")
+        if progress.seconds_left:
+            parts.append(f"{duration(progress.seconds_left)} left")
+        return ", ".join(parts)
+
+    def _picture(self, progress: Progress) -> RenderableType:
+        head = Table.grid(padding=(0, 1))
+        head.add_row(ProgressBar(total=max(1, progress.total), completed=progress.finished, width=32), self._line(progress))
+        table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
+        for column in ("trial", "done", "loss", "tokens/s", "what"):
+            table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True, overflow="ellipsis")
+        for one in progress.running:
+            table.add_row(
+                str(one.trial.number),
+                "" if one.fraction is None else f"{one.fraction:.0%}",
+                "" if one.loss is None else f"{one.loss:.3f}",
+                "" if one.tokens_per_second is None else human(one.tokens_per_second),
+                short(one.trial),
+            )
+        best = Text(f"best: {short(progress.best)}" if progress.best else "", style="green", overflow="ellipsis", no_wrap=True)
+        return Group(head, table, best)
+
+
+def short(trial: TrialView) -> str:
+    """A trial's parameters in one line, by the last words of their paths."""
+    if trial.label:
+        return trial.label
+    return ", ".join(f"{_tail(path)}={_value(value)}" for path, value in trial.params.items())
+
+
+def _tail(path: str) -> str:
+    return path.removeprefix("model.").removeprefix("train.")
+
+
+def _value(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,80 @@
+"""`dense-lab search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dense_lab.cli import options
+
+if TYPE_CHECKING:
+    from dense_lab.search import Outcome
+
+
+@click.command("search")
+@options.study_argument
+@options.overrides
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes that train at once.")
+@click.option("--trials", type=click.IntRange(1), help="Trials in all, instead of what the study says.")
+@options.device
+@options.runs
+@click.option("--storage", metavar="URL", help="Database that other machines share [SQLite in the study's folder].")
+@click.option("--mlflow", "mlflow_uri", metavar="URI", help="MLflow tracking URI, or `none` [SQLite in the folder].")
+@options.as_json
+def command(
+    study: Path,
+    overrides: tuple[str, ...],
+    workers: int,
+    trials: int | None,
+    device: str,
+    runs: Path,
+    storage: str | None,
+    mlflow_uri: str | None,
+    as_json: bool,
+) -> None:
+    """Run STUDY.yaml, or go on with it: the same command resumes, and a complete study trains nothing.
+
+    Ctrl-C once stops cleanly. A worker that dies loses nothing: its trial is run again.
+    """
+    loaded = options.load_study(study, overrides)
+    loaded.check_sizes()
+    from dense_lab.cli.live import Display
+    from dense_lab.search import search
+
+    console = options.console()
+    folder = runs / loaded.name
+    if not as_json:
+        console.print(f"{loaded.name}: {len(loaded.space)} open values, {workers} workers, into {folder}")
+    with Display(console, loaded.search.objective[0].metric) as display:
+        outcome = search(
+            loaded,
+            folder,
+            workers=workers,
+            storage=storage,
+            device=device,
+            trials=trials,
+            mlflow_uri=mlflow_uri,
+            on_progress=None if as_json else display.update,
+        )
+    _tell(outcome, folder, as_json)
+    if outcome.exit_code:
+        raise click.exceptions.Exit(outcome.exit_code)
+
+
+def _tell(outcome: Outcome, folder: Path, as_json: bool) -> None:
+    if as_json:
+        told = {"message": outcome.message, "trained": outcome.trained, "stopped": outcome.stopped}
+        options.print_json({**told, "mlflow": outcome.mlflow, "folder": str(folder)})
+        return
+    from dense_lab.cli.status import print_leaderboard
+
+    console = options.console()
+    print_leaderboard(outcome.results, top=10)
+    for trial in outcome.results.having("failed"):
+        console.print(f"trial {trial.number} failed: {trial.reason}", style="red", markup=False)
+    console.print(f"{outcome.results.name}: {outcome.message}")
+    if outcome.mlflow:
+        console.print(outcome.mlflow, style="yellow", markup=False)
+    console.print(f"now: dense-lab report {folder}   or: dense-lab ui {folder}", soft_wrap=True)

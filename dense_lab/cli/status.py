@@ -1,0 +1,103 @@
+"""`dense-lab status`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dense_lab.cli import options
+
+if TYPE_CHECKING:
+    from dense_lab.results import StudyResults, TrialView
+
+
+@click.command("status")
+@click.argument("study", type=click.Path(path_type=Path), required=False)
+@options.runs
+@click.option("--top", default=10, show_default=True, help="How many trials of the leaderboard to print.")
+@options.as_json
+def command(study: Path | None, runs: Path, top: int, as_json: bool) -> None:
+    """How STUDY (a name, a folder or its YAML file) is going; without one, all studies below --runs."""
+    from dense_lab.results import read_study
+
+    if study is None:
+        _all(runs, as_json)
+        return
+    results = read_study(options.study_folder(study, runs))
+    if as_json:
+        options.print_json({**_summary(results), "trials": [_as_dict(trial) for trial in results.trials]})
+        return
+    console = options.console()
+    console.print(_sentence(results))
+    print_leaderboard(results, top)
+    for trial in results.having("failed"):
+        console.print(f"trial {trial.number} failed: {trial.reason}", style="red", markup=False)
+
+
+def _all(runs: Path, as_json: bool) -> None:
+    from dense_lab.results import read_study
+
+    found = [read_study(path.parent) for path in sorted(runs.glob("*/study.json"))]
+    if as_json:
+        options.print_json([_summary(results) for results in found])
+    elif not found:
+        options.console().print(f"no studies in {runs}: `dense-lab search STUDY.yaml` starts one")
+    else:
+        for results in found:
+            options.console().print(_sentence(results))
+
+
+def _summary(results: StudyResults) -> dict[str, Any]:
+    states = ("complete", "pruned", "failed", "running", "interrupted")
+    best = results.best
+    return {
+        "name": results.name,
+        "folder": str(results.folder),
+        "digest": results.digest,
+        "total": results.total,
+        **{state: len(results.having(state)) for state in states},
+        "best": _as_dict(best) if best else None,
+    }
+
+
+def _sentence(results: StudyResults) -> str:
+    counts = _summary(results)
+    states = ", ".join(f"{counts[s]} {s}" for s in ("pruned", "failed", "running", "interrupted") if counts[s])
+    text = f"{results.name}: {counts['complete']} of {results.total} trials complete" + (f", {states}" if states else "")
+    if results.best:
+        metric = results.goals[0].metric
+        text += f"; best {metric} {results.best.metrics[metric]:.4f} (trial {results.best.number})"
+    return text
+
+
+def _as_dict(trial: TrialView) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "state": trial.state,
+        "reason": trial.reason,
+        "params": trial.params,
+        "metrics": trial.metrics,
+        "digest": trial.digest,
+        "folder": str(trial.folder) if trial.folder else None,
+    }
+
+
+def print_leaderboard(results: StudyResults, top: int) -> None:
+    """The best `top` complete trials by the first objective, with what they cost."""
+    from dense_lab.cli.live import short
+    from dense_lab.units import human
+
+    goals = [goal.metric for goal in results.goals]
+    extra = [m for m in ("tokens_per_second", "parameters", "state_bytes") if m not in goals]
+    columns = ["#", "trial", *goals, *extra, "what"]
+    rows = [
+        [place, trial.number]
+        + [f"{trial.metrics[m]:.4f}" if m in trial.metrics else "" for m in goals]
+        + [human(trial.metrics[m]) if m in trial.metrics else "" for m in extra]
+        + [short(trial)]
+        for place, trial in enumerate(results.ranked()[:top], 1)
+    ]
+    if rows:
+        options.print_table("", columns, rows, right=columns[:-1])

@@ -1,0 +1,137 @@
+"""What the report says in numbers: leaderboard, effect of each choice, importance of each parameter."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from dense_lab.results import StudyResults, TrialView
+from dense_lab.units import human
+
+COSTS = ("tokens_per_second", "parameters", "state_bytes", "flops_per_token")
+"""Shown beside the objectives."""
+FEWEST = 4
+"""Complete trials below which importance is not computed: a forest of three points says nothing."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table; cells are text."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def metric_text(name: str, value: float | None) -> str:
+    """Losses with four decimals, counts in three digits."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if "/" in name else human(value)
+
+
+def leaderboard(results: StudyResults) -> Table:
+    """Complete trials, best first."""
+    goals = [goal.metric for goal in results.goals]
+    measured = {name for trial in results.having("complete") for name in trial.metrics}
+    shown = [*goals, *(m for m in ("test/loss", "valid/accuracy", *COSTS) if m in measured and m not in goals)]
+    paths = sorted({path for trial in results.trials for path in trial.params})
+    rows = tuple(
+        (
+            str(place),
+            str(trial.number),
+            *(metric_text(m, trial.metrics.get(m)) for m in shown),
+            *(_param(trial.params.get(path)) for path in paths),
+        )
+        for place, trial in enumerate(results.ranked(), 1)
+    )
+    return Table("Leaderboard", ("#", "trial", *shown, *paths), rows)
+
+
+def effects(results: StudyResults) -> Table:
+    """For each option of each choice: the objective's best, median and number of trials that took it."""
+    metric = results.goals[0].metric
+    groups = by_option(results)
+    sign = 1 if results.goals[0].direction == "minimize" else -1
+    rows = []
+    for path, options in groups.items():
+        for option, trials in sorted(options.items()):
+            values = sorted((sign * t.metrics[metric] for t in trials))
+            best, median = sign * values[0], sign * statistics.median(values)
+            rows.append((path, option, str(len(trials)), metric_text(metric, best), metric_text(metric, median)))
+    note = "Trials of a search are not paired: other choices differ between the rows, and a sampler favours what it likes."
+    return Table("Effect of each choice", ("choice", "option", "trials", f"best {metric}", f"median {metric}"), tuple(rows), note)
+
+
+def by_option(results: StudyResults) -> dict[str, dict[str, list[TrialView]]]:
+    """Complete trials by path and option, for every parameter whose values are few names or numbers."""
+    groups: dict[str, dict[str, list[TrialView]]] = defaultdict(lambda: defaultdict(list))
+    for trial in results.ranked():
+        for path, value in trial.params.items():
+            if not isinstance(value, float):
+                groups[path][str(value)].append(trial)
+    return {path: dict(options) for path, options in sorted(groups.items()) if len(options) > 1}
+
+
+def importance(results: StudyResults) -> dict[str, float]:
+    """Share of the objective's variance that each parameter explains (fANOVA, Hutter et al. 2014); empty if too few.
+
+    A parameter that a trial did not have (it belongs to another branch) counts as an option of its own.
+    """
+    trials = results.ranked()
+    metric = results.goals[0].metric
+    paths = sorted({path for trial in trials for path in trial.params})
+    varied = [p for p in paths if len({repr(trial.params.get(p)) for trial in trials}) > 1]
+    if len(trials) < FEWEST or not varied or len({t.metrics[metric] for t in trials}) < 2:
+        return {}
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = {path: _distribution([trial.params.get(path) for trial in trials]) for path in varied}
+    study = optuna.create_study()
+    for trial in trials:
+        params = {path: _present(trial.params.get(path), space[path]) for path in varied}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=trial.metrics[metric]))
+    found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _distribution(values: list[Any]) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    numbers = [v for v in values if isinstance(v, float)]
+    if numbers and len(numbers) == len(values):
+        return FloatDistribution(min(numbers), max(numbers))
+    return CategoricalDistribution(sorted({str(v) for v in values}))
+
+
+def _present(value: Any, distribution: Any) -> Any:
+    return value if hasattr(distribution, "low") else str(value)
+
+
+def _param(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def troubles(results: StudyResults) -> Table:
+    """Trials that were pruned or failed, and why."""
+    rows = tuple((str(t.number), t.state, t.reason) for t in results.having("failed", "pruned", "interrupted"))
+    return Table("Pruned, failed and interrupted trials", ("trial", "state", "why"), rows)
+
+
+def provenance(results: StudyResults) -> Table:
+    """What a reader needs to repeat the study."""
+    tags = [trial.tags for trial in results.having("complete")]
+    rows = [("study", results.name), ("digest", results.digest)]
+    rows += [("search", ", ".join(f"{k} {v}" for k, v in results.search.items() if k != "objective"))]
+    rows += [("objective", ", ".join(f"{g.direction} {g.metric}" for g in results.goals))]
+    for name in ("commit", "device", "dtype", "data", "seed", "plugins", "implementations", "torch", "python"):
+        values = sorted({str(t[name]) for t in tags if name in t})
+        if values:
+            rows.append((name, "; ".join(values)))
+    return Table("Provenance", ("what", "value"), tuple(rows))
