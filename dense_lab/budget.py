@@ -33,9 +33,8 @@ def parameters(model: ModelSpec, vocabulary: int, count: str) -> int:
     with torch.device("meta"):
         module = model.build(vocabulary)
     total = sum(parameter.numel() for parameter in module.parameters())
-    if count == "all":
-        return total
-    return total - module.embedding.weight.numel() * (1 if model.head == "tied" else 2)
+    outside = module.embedding.weight.numel() * (1 if model.head == "tied" else 2)
+    return total if count == "all" else total - outside
 
 
 @functools.lru_cache(maxsize=4096)

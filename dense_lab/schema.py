@@ -123,7 +123,7 @@ class _Writer:
         return {"$ref": f"#/$defs/{name}"}
 
     def _leaf(self, field: FieldInfo) -> JSON:
-        annotated = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        annotated: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
         # Behind a validator that reads units, pydantic leaves its constraints as it has them.
         schema: JSON = _renamed(TypeAdapter(annotated).json_schema())
         if _numeric(schema):

@@ -182,7 +182,8 @@ class Study:
 
     def resolved(self) -> dict[str, Any]:
         """What the study means, defaults written out, as JSON: parameters, fixed values, search, budget, plugins."""
-        found, plugins = [], {}
+        found: list[dict[str, Any]] = []
+        plugins: dict[str, str] = {}
         for point in self.covering():
             origins: Origins = {}
             run = self._validated(trees.close(self.root, _lookup(point), origins), origins).run()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,10 +74,18 @@ class Int(_Range):
             raise InputError(f"{self.path}: expected {self.low} + n x {self.step}, got {value!r}")
         return int(value)
 
+    def values(self) -> Sequence[Any] | None:
+        """All of them."""
+        return range(self.low, self.high + 1, self.step)
+
 
 @dataclass(frozen=True)
 class Float(_Range):
     """An open value: a number from `low` to `high`, both included."""
+
+    def values(self) -> Sequence[Any] | None:
+        """All of them, or None when there are infinitely many."""
+        return (self.low,) if self.low == self.high else None
 
 
 Parameter = Choice | Int | Float
@@ -197,10 +205,8 @@ def cover(node: Node) -> list[Point]:
 def size(node: Node) -> int | None:
     """Number of points, or None when there are infinitely many."""
     if isinstance(node, Span):
-        parameter = node.parameter
-        if isinstance(parameter, Int):
-            return (parameter.high - parameter.low) // parameter.step + 1
-        return 1 if parameter.low == parameter.high else None
+        values = node.parameter.values()
+        return None if values is None else len(values)
     sizes = [size(child) for child in _below(node)]
     known = [number for number in sizes if number is not None]
     if len(known) < len(sizes):
@@ -225,18 +231,12 @@ def _points(node: Node) -> Iterator[Point]:
         for label, option in node.options.items():
             yield from (dict.fromkeys(head, label) | point for point in _points(option))
     elif isinstance(node, Span):
-        step = node.parameter.step if isinstance(node.parameter, Int) else 1
-        values = (
-            range(node.parameter.low, node.parameter.high + 1, step)
-            if step and isinstance(node.parameter, Int)
-            else [node.parameter.low]
-        )
-        yield from ({node.path: value} for value in values)
+        yield from ({node.path: value} for value in node.parameter.values() or ())
     else:
         yield from map(_join, itertools.product(*(list(_points(child)) for child in _below(node))))
 
 
-def _join(points: Any) -> Point:
+def _join(points: Iterable[Point]) -> Point:
     joined: Point = {}
     for point in points:
         joined |= point

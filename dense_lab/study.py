@@ -18,7 +18,7 @@ from dense_lab.model import ModelSpec
 from dense_lab.registry import Registry
 from dense_lab.units import Count, Fraction, NonNegative, Positive, Size
 
-GRAMMAR = 1
+GRAMMAR: Literal[1] = 1
 """Version of the study grammar, the value of the key `dense_lab`."""
 CURVES = ("valid/loss", "valid/accuracy", "train/loss")
 """Metrics known at every evaluation, by which a trial may be pruned."""

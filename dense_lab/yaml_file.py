@@ -125,7 +125,7 @@ def _sentence(context: str | None, problem: str | None) -> str:
 
 
 def _kind(value: Any) -> str:
-    return {dict: "a mapping", list: "a list"}.get(type(value), f"the single value {value!r}")
+    return "a list" if isinstance(value, list) else f"the single value {value!r}"
 
 
 class _Reader:
