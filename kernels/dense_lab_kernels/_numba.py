@@ -27,13 +27,18 @@ def compiled(function: _Loop) -> _Loop:
         return numba.njit(**options)(function)
 
 
-def run(loop: Callable[..., None], tasks: int, *arguments: Any) -> None:
-    """Call `loop(*arguments, first, stop)` on equal shares of `tasks`, one share per torch thread, and wait for all.
+# Vector operations that are worth a thread of their own: some 100 microseconds.
+_SHARE = 20_000
 
-    Tensors, alone or in tuples, are passed as arrays. Raises what a share raised.
+
+def run(loop: Callable[..., None], tasks: int, cost: int, *arguments: Any) -> None:
+    """Call `loop(*arguments, first, stop)` on equal shares of `tasks`, in up to as many threads as torch has; wait for all.
+
+    cost: vector operations per task, roughly; little work stays in the calling thread. Tensors, alone or in tuples, are
+    passed as arrays. Raises what a share raised.
     """
     arrays = [_array(x) for x in arguments]
-    threads = max(1, min(torch.get_num_threads(), tasks))
+    threads = max(1, min(torch.get_num_threads(), tasks, tasks * cost // _SHARE))
     cuts = [tasks * i // threads for i in range(threads + 1)]
     failures: list[BaseException] = []
 

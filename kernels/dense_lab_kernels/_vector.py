@@ -3,6 +3,8 @@
 A loop written with them needs no luck with the compiler's own vectoriser, which gives up, or checks every pair of arrays for
 overlap, in loops that touch more than a few. Arithmetic (+ - * /) works between vectors, and between a vector and a number.
 
+Numba's cache on disk watches the file of a loop only: touch the loops' files after a change here.
+
 Arrays are addressed by the flat offset of the first element; they must be C-contiguous. Nothing checks bounds.
 """
 
@@ -67,6 +69,21 @@ def store(typing_context: Any, array: Any, offset: Any, vector: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), emit
+
+
+@intrinsic
+def load_from(typing_context: Any, addresses: Any, index: Any, like: Any, offset: Any) -> Any:
+    """The vector at a flat offset of the array at addresses[index] (int64), which has the dtype of the array `like`."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        table = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.load(builder.gep(table.data, [arguments[1]]))
+        element = context.get_value_type(like.dtype)
+        address = builder.gep(builder.inttoptr(address, element.as_pointer()), [arguments[3]])
+        pointer = builder.bitcast(address, ir.VectorType(element, WIDTH).as_pointer())
+        return builder.load(pointer, align=_alignment(like))
+
+    return Vector(like.dtype)(addresses, types.intp, like, types.intp), emit
 
 
 @intrinsic

@@ -3,7 +3,8 @@
 The rule: a fast form may be at most twice as far from float64 as the reference is when it runs the same arguments in
 their own, low precision, plus the band that rounding the result itself costs. No tolerance is set by hand. "Far" is
 the root mean square over a tensor; the largest single difference, which chance alone moves more, may be four times as
-large, and so a single wrong element shows too.
+large, and so a single wrong element shows too. Few numbers vary more by chance: both limits are 1 + 20 / n times as
+wide for a tensor of n (the 99.9 % quantile of the ratio of two root mean squares of n normal errors).
 
     verdict = verify("dense_fuse", "triton", {"own": own, "sources": (source,), "weight": weight})
     assert verdict.ok, verdict
@@ -104,8 +105,9 @@ def deviations(
     for name, tensor in fast.items():
         errors, from_plain = differences(tensor, exact[name]), differences(plain[name], exact[name])
         band = rounding_band(tensor.dtype, exact[name])
+        wide = factor * (1 + 20 / max(1, tensor.numel()))
         for i, measure in enumerate(MEASURES):
-            found.append(Deviation(name, measure, errors[i], factor * (1 + i) * (from_plain[i] + band[i])))
+            found.append(Deviation(name, measure, errors[i], wide * (1 + i) * (from_plain[i] + band[i])))
     return found
 
 

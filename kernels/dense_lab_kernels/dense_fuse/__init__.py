@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, triton_verdict
+from dense_lab_kernels._dispatch import choose, numba_verdict, triton_verdict
 from dense_lab_kernels.dense_fuse import reference
 
 __all__ = ["dense_fuse"]
@@ -38,7 +38,7 @@ def dense_fuse(
     own: [..., W]. sources: m >= 1 tensors like own. gate: None (sources are added as they are), one [..., W] shared by
     all sources, or a sequence of m. activation: applied to the gate here, so that callers keep it unactivated.
     weight: [W] of the RMSNorm over the last dimension, None for no norm. eps: added inside the root.
-    impl: "auto", "triton" (GPU) or "reference" (any device).
+    impl: "auto", "triton" (GPU), "numba" (CPU) or "reference" (any device).
 
     Differentiable with respect to every tensor.
     Raises ValueError for shapes, dtypes or devices that do not fit; ImplementationError for an impl that cannot run.
@@ -51,6 +51,7 @@ def dense_fuse(
     options = {"activation": activation, "eps": eps}
     verdicts = {
         "triton": triton_verdict(_OPERATION, impl, own.device, *arguments, **options),
+        "numba": numba_verdict(own.device),
         "reference": None,
     }
     match choose(_OPERATION, impl, verdicts):
@@ -58,6 +59,10 @@ def dense_fuse(
             from dense_lab_kernels.dense_fuse import triton
 
             run = triton.dense_fuse
+        case "numba":
+            from dense_lab_kernels.dense_fuse import cpu
+
+            run = cpu.dense_fuse
         case _:
             run = reference.dense_fuse
     return run(*arguments, **options)

@@ -18,7 +18,7 @@ from torch.nn.functional import pad, softplus
 
 from dense_lab_kernels._checks import compute_dtype
 from dense_lab_kernels._numba import run
-from dense_lab_kernels.selective_scan import loops
+from dense_lab_kernels.selective_scan import loops, reference
 from dense_lab_kernels._vector import WIDTH
 from dense_lab_kernels.selective_scan.loops import SEGMENT
 
@@ -42,6 +42,23 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Output [B, T, D] in u's dtype, final state and source states [B, D, N]; arguments as in the public function."""
     batch, tokens, channels = u.shape
+    if tokens == 1:  # One token is one step of the recurrence.
+        return reference.selective_scan(
+            u,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            z,
+            dt_bias,
+            dt_activation=dt_activation,
+            initial_state=initial_state,
+            sources=sources,
+            gates=gates,
+            site=site,
+            source_states=source_states,
+        )
     streams = [(u, dt, A, B, dt_bias), *sources]
     channel = _Channels(channels, [C.shape[2], *(stream[3].shape[2] for stream in streams)])
     dtype = compute_dtype(u)
@@ -97,6 +114,12 @@ class _Channels:
         return x.repeat_interleave(self.groups // x.shape[2], dim=2)
 
 
+def _work(u: Tensor, A: Tensor) -> tuple[int, int]:
+    """Tasks, and vector operations in each: one per token and state, some ten instructions."""
+    _, batch, tokens, channels = u.shape
+    return batch * (channels // WIDTH), tokens * A.shape[0] * A.shape[1]
+
+
 class _Scan(torch.autograd.Function):
     """Stacked, padded streams: u, dt [S, B, T, D], A [S, N, D], B [S, B, T, G, N], states [S, B, N, D]."""
 
@@ -119,8 +142,7 @@ class _Scan(torch.autograd.Function):
         segments = math.ceil(tokens / SEGMENT) if any(ctx.needs_input_grad) else 0
         saved = u.new_empty(segments, *start.shape)
         y, last = torch.empty_like(u[0]), torch.empty_like(start)
-        tasks = batch * (channels // WIDTH)
-        run(loops.forward, tasks, (u, dt, A, B, C, gates, D), z, start, carried, saved, y, last)
+        run(loops.forward, *_work(u, A), (u, dt, A, B, C, gates, D), z, start, carried, saved, y, last)
         ctx.save_for_backward(u, dt, A, B, C, gates, D, z, saved)
         ctx.carried = carried
         return y, last
@@ -139,5 +161,5 @@ class _Scan(torch.autograd.Function):
         d_D = D.new_empty(batch, channels)
         given = (u, dt, A, B, C, gates, D), z, saved, ctx.carried, d_y.contiguous(), d_last.contiguous()
         found = (d_u, d_dt, d_A, d_B, d_C, d_gates, d_D, d_z, d_start)
-        run(loops.backward, batch * (channels // WIDTH), *given, found)
+        run(loops.backward, *_work(u, A), *given, found)
         return d_u, d_dt, d_A.sum(0), d_B.sum(0), d_C.sum(0), d_gates, d_D.sum(0), d_z, d_start, None
