@@ -29,6 +29,18 @@ def root(trial: FrozenTrial) -> int:
     return int(trial.user_attrs.get("retry_of", trial.number))
 
 
+def claim(trial: FrozenTrial) -> dict[str, Any]:
+    """What the worker that took the attempt said of it: `owner` and `digest`; empty before that."""
+    said: dict[str, Any] = trial.user_attrs.get("claim", {})
+    return said
+
+
+def end(trial: FrozenTrial) -> dict[str, Any]:
+    """What the worker said when training had ended: `state`, `reason`, `metrics`, `tags`; empty before that."""
+    said: dict[str, Any] = trial.user_attrs.get("end", {})
+    return said
+
+
 def deaths(trial: FrozenTrial) -> int:
     """How often the trial's worker has died, this attempt included if it failed without an outcome."""
     died = trial.state.name == "FAIL" and not trial.user_attrs.get("stopped")
@@ -41,7 +53,7 @@ def standing(trial: FrozenTrial) -> Standing:
         return "copy"
     if trial.state.name in ("WAITING", "RUNNING"):
         return "waiting" if trial.state.name == "WAITING" else "running"
-    settled = trial.state.name != "FAIL" or trial.user_attrs.get("outcome") == "failed" or deaths(trial) >= ATTEMPTS
+    settled = trial.state.name != "FAIL" or end(trial).get("state") == "failed" or deaths(trial) >= ATTEMPTS
     return "finished" if settled else "lost"
 
 
@@ -65,9 +77,7 @@ def twin(trials: Iterable[FrozenTrial], digest: str, own_root: int) -> FrozenTri
     same = [
         trial
         for number, trial in latest(trials).items()
-        if trial.user_attrs.get("digest") == digest
-        and number != own_root
-        and standing(trial) in ("running", "finished")
+        if claim(trial).get("digest") == digest and number != own_root and standing(trial) in ("running", "finished")
     ]
     return min(same, key=lambda trial: (standing(trial) == "running", trial.number), default=None)
 
@@ -122,7 +132,7 @@ class Ledger:
 
         roots = []
         for trial in self.trials():
-            owner = trial.user_attrs.get("owner")
+            owner = claim(trial).get("owner")
             if trial.state is not TrialState.RUNNING or not self._is_dead(trial, owner):
                 continue
             said = why(owner or {})
@@ -162,10 +172,7 @@ class Ledger:
             self.study.enqueue_trial(wanted(trial), {"retry_of": root(trial), "deaths": deaths(trial)})
         return [root(trial) for trial in lost]
 
-    def enqueue(self, points: Iterable[dict[str, Any]]) -> int:
-        """Queue the points that no trial has or is to have; returns how many."""
-        known = {point(wanted(trial)) for trial in self.trials()}
-        new = [params for params in points if point(params) not in known]
-        for params in new:
+    def enqueue(self, points: Iterable[dict[str, Any]]) -> None:
+        """Queue a trial at each point."""
+        for params in points:
             self.study.enqueue_trial(params)
-        return len(new)

@@ -26,29 +26,23 @@ class Plan:
     """Every point of the space; None when there are infinitely many, or too many to list."""
 
     def may_start(self, ledger: Ledger) -> bool:
-        """Whether there is a trial left to be started; called, like what follows, with the folder's lock held."""
+        """Whether a trial is left to be started, having queued what the sampler would not come to by itself.
+
+        That is the points of a grid, or one that nobody has tried when the sampler does nothing but repeat itself.
+        Called with the folder's lock held.
+        """
         trials = ledger.trials()
         if book.started(trials) >= self.total:
             return False
         if any(book.standing(trial) == "waiting" for trial in trials):
             return True
-        if self.sampler == "grid":
-            return False
+        copies = book.copies_in_a_row(trials)
         if self.points is None:
-            return book.copies_in_a_row(trials) < HOPELESS
-        return bool(self.untried(ledger))
-
-    def untried(self, ledger: Ledger) -> list[dict[str, Any]]:
-        """The points of a finite space that no trial has proposed yet."""
-        known = {book.point(book.wanted(trial)) for trial in ledger.trials()}
-        return [params for params in self.points or () if book.point(params) not in known]
-
-    def prepare(self, ledger: Ledger) -> None:
-        """Queue what the sampler would not come to by itself: the grid, or a point nobody has tried."""
-        trials = ledger.trials()
-        if self.sampler == "grid":
-            ledger.enqueue(self.points or ())
-        elif self.points is not None and book.copies_in_a_row(trials) >= COPIES:
-            untried = self.untried(ledger)
-            if untried:
-                ledger.enqueue([random.Random(len(trials)).choice(untried)])
+            return copies < HOPELESS
+        known = {book.point(book.wanted(trial)) for trial in trials}
+        untried = [params for params in self.points if book.point(params) not in known]
+        if untried and self.sampler == "grid":
+            ledger.enqueue(untried)
+        elif untried and copies >= COPIES:
+            ledger.enqueue([random.Random(len(trials)).choice(untried)])
+        return bool(untried)

@@ -28,19 +28,19 @@ def remote_trials(url: str, name: str) -> list[TrialView]:
 
 
 def _view(number: int, trial: FrozenTrial) -> TrialView:
-    said = trial.user_attrs
-    state: State = said.get("outcome", "failed")
+    end, claim = book.end(trial), book.claim(trial)
+    state: State = end.get("state", "failed")
     if book.standing(trial) == "running":
-        state = "interrupted" if liveness(said.get("owner")) == "dead" else "running"
+        state = "interrupted" if liveness(claim.get("owner")) == "dead" else "running"
     return TrialView(
         number=number,
         state=state,
         params=trial.params,
-        metrics=said.get("metrics", {}),
-        tags=said.get("tags", {}),
-        reason=said.get("reason") or said.get("interrupted", ""),
+        metrics=end.get("metrics", {}),
+        tags=end.get("tags", {}),
+        reason=end.get("reason") or trial.user_attrs.get("interrupted", ""),
         folder=None,
-        digest=said.get("digest", ""),
+        digest=claim.get("digest", ""),
         started=trial.datetime_start.astimezone() if trial.datetime_start else None,
         ended=trial.datetime_complete.astimezone() if trial.datetime_complete else None,
     )

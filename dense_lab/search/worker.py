@@ -118,7 +118,6 @@ class Worker:
             self.ledger.requeue()
             if not self.job.plan.may_start(self.ledger):
                 return False
-            self.job.plan.prepare(self.ledger)
             self.study.sampler = sampler(self.search, len(self.ledger.trials()))
             self.study.optimize(self._objective, n_trials=1, catch=(Settled,))
         return True
@@ -183,8 +182,7 @@ class Worker:
     def _sign(self, trial: optuna.Trial, root: int, folder: Path, params: dict[str, Any], spec: RunSpec | None) -> None:
         """Say who runs the trial, in the ledger and in its folder, before anything else happens."""
         owner, digest = this_process(), self._digest(spec) if spec else ""
-        trial.set_user_attr("owner", owner)
-        trial.set_user_attr("digest", digest)
+        trial.set_user_attr("claim", {"owner": owner, "digest": digest})
         said = {
             "number": root,
             "attempt": trial.number,
@@ -254,10 +252,8 @@ class Worker:
 
     def _record(self, trial: optuna.Trial, found: TrialView) -> None:
         # Other machines read these from the storage; the files of this folder they may never see.
-        trial.set_user_attr("metrics", found.metrics)
-        trial.set_user_attr("tags", found.tags)
-        trial.set_user_attr("reason", found.reason)
-        trial.set_user_attr("outcome", found.state)
+        end = {"state": found.state, "reason": found.reason, "metrics": found.metrics, "tags": found.tags}
+        trial.set_user_attr("end", end)
 
     def _failed(self, trial: optuna.Trial, folder: Path, reason: str) -> Settled:
         """Record a failure in the folder and in the ledger; the exception ends the trial."""

@@ -23,7 +23,11 @@ def train(spec, folder, *, device="auto", threads=1, on_evaluation=None, pause=0
     try:
         for step in range(1, STEPS + 1):
             time.sleep(pause)
-            metrics = {"train/loss": loss(spec, step), "valid/loss": loss(spec, step), "tokens_per_second": 1000.0 * step}
+            metrics = {
+                "train/loss": loss(spec, step),
+                "valid/loss": loss(spec, step),
+                "tokens_per_second": 1000.0 * step,
+            }
             seconds = time.perf_counter() - begun
             line = {"step": step, "tokens": step * spec.train.tokens // STEPS, "seconds": seconds, **metrics}
             lines.write(json.dumps(line) + "\n")
