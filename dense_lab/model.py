@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 
 from dense_lab import registry as registries
@@ -65,6 +65,12 @@ class ModelSpec(Spec):
         if self.blocks is not None and self.model_fields_set & {"core", "depth"}:
             raise ValueError("`blocks` lists cores and their number: leave out `core` and `depth`")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped: dict[str, Any] = handler(self)
+        unused = {"core", "depth"} if self.blocks is not None else set()
+        return {key: value for key, value in dumped.items() if key not in unused}
 
     def layers(self) -> list[BlockSpec]:
         """One spec for each block, repeats written out."""
