@@ -50,13 +50,14 @@ def choose_place(device: str, precision: str) -> Place:
                 f"device {device!r} was asked for, but torch sees {torch.cuda.device_count()} GPUs: use `--device cpu`"
             )
         place = torch.device("cuda", place.index if place.index is not None else torch.cuda.current_device())
+        torch.cuda.set_device(place)  # Events, streams and random states are those of the current device.
     elif precision == "bf16":
         raise MachineError("train.precision bf16 needs a GPU: use auto or fp32 on a CPU")
     low = precision == "bf16" or (precision == "auto" and place.type == "cuda")
     return Place(place, torch.bfloat16 if low else torch.float32)
 
 
-def resolve_threads(threads: int | None) -> None:
+def use_threads(threads: int | None) -> None:
     """Let torch use so many CPU threads; None leaves what OMP_NUM_THREADS or the machine say."""
     if threads is not None:
         torch.set_num_threads(threads)

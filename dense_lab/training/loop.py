@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from dense_lab.training.device import (
     out_of_memory,
     peak_memory_bytes,
     reset_peak_memory,
-    resolve_threads,
+    use_threads,
 )
 from dense_lab.training.evaluate import evaluate
 from dense_lab.training.optimizer import build_optimizer
@@ -56,7 +55,7 @@ def train(
     network), TrialFailed (loss not a number, out of memory, a component raised). A failure is in result.json as well.
     """
     place = choose_place(device, spec.train.precision)
-    resolve_threads(threads)
+    use_threads(threads)
     plugins = plugins_used(spec, registry or registries.default())
     recorder = Recorder(folder)
     recorder.begin(spec, plugins)
@@ -92,10 +91,16 @@ def _reason(error: Exception, run: Run | None) -> str:
     return f"{what}; {run.last_good()}" if run else what
 
 
-@functools.lru_cache(maxsize=2)
 def _prepared(data: Data) -> Corpus:
-    """Trials of one study that run in one process share their corpus."""
-    return data.prepare()
+    """Trials of one study that run in one process share their corpus; one at a time is kept, since they are large."""
+    key = f"{type(data).__module__} {data.model_dump_json()}"
+    if key not in _corpora:
+        _corpora.clear()
+        _corpora[key] = data.prepare()
+    return _corpora[key]
+
+
+_corpora: dict[str, Corpus] = {}
 
 
 class Run:
@@ -121,7 +126,7 @@ class Run:
         """Train to the end of the budget and test."""
         progress, schedule = self.progress, self.plan
         batches = self.corpus.train_batches(schedule.batch_size, self.spec.seed, skip=progress.step)
-        clock = StepClock(self.place.device)
+        clock = StepClock(self.place.device, schedule.steps - progress.step)
         loss, since = torch.zeros((), device=self.place.device), progress.step
         while progress.step < schedule.steps:
             batch = next(batches)

@@ -14,7 +14,7 @@ from dense_lab.model import LanguageModel
 from dense_lab.training.device import Place
 
 _WARM_UP = 10
-"""Steps that are not timed, because compilers, caches and clocks settle in them."""
+"""Steps that are not timed, because compilers, caches and clocks settle in them; fewer when there are few in all."""
 
 
 class StepOutput(NamedTuple):
@@ -71,11 +71,11 @@ class EagerStep:
 class StepClock:
     """Seconds of every step, without making a GPU wait: events are read when they lie in the past."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, steps: int) -> None:
         self.cuda = device.type == "cuda"
         self._laps: list[float] = []
         self._open: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._skip = _WARM_UP
+        self._skip = min(_WARM_UP, steps // 4)
         self.restart()
 
     def restart(self) -> None:

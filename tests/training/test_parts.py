@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from dense_lab.training.evaluate import example_accuracy
 from dense_lab.training.optimizer import build_optimizer, undecayed
 from dense_lab.training.record import Recorder
 from dense_lab.training.schedule import learning_rate, plan
-from dense_lab.training.step import EagerStep
+from dense_lab.training.step import EagerStep, StepClock
 
 CPU = Place(torch.device("cpu"), torch.float32)
 
@@ -148,6 +150,21 @@ def test_accuracy_is_the_reference_metric() -> None:
     assert found.mean().item() == pytest.approx(float(stored["accuracy"]), rel=1e-6)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
     assert loss.item() == pytest.approx(float(stored["loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "timed"), [(1, 1), (8, 6), (100, 90)])
+def test_the_first_steps_are_not_timed_unless_there_are_few(
+    steps: int, timed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(1000))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)) ** 2)
+    clock = StepClock(CPU.device, steps)
+    assert clock.median() is None
+    for _ in range(steps):
+        clock.lap()
+    # Lap i lasts i^2 - (i - 1)^2 = 2 i - 1 seconds.
+    laps = [2 * i - 1 for i in range(steps - timed + 1, steps + 1)]
+    assert clock.median() == statistics.median(laps)
 
 
 class TestRecorder:

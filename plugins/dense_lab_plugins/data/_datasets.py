@@ -41,7 +41,7 @@ def texts(rows: Iterable[Mapping[str, Any]], field: str, source: str) -> list[by
     """The rows' texts in UTF-8; raises InputError for a value that is no text. Missing values are passed over."""
     documents = []
     for index, row in enumerate(rows):
-        text = row[field]
+        text = row[check_field(row, field, source)]
         if text is None:
             continue
         if not isinstance(text, str):

@@ -77,9 +77,9 @@ class HuggingFace(TextFields, Data):
             )
             check_field(rows.features, self.field, source)
             return [text for text in texts(itertools.islice(rows, self.rows), self.field, source) if text]
-        except datasets.exceptions.DatasetNotFoundError as error:
+        except FileNotFoundError as error:
             raise InputError(Problem(f"no dataset {self.name!r}: {root_cause(error)}", "data.name")) from error
-        except ConnectionError as error:
+        except OSError as error:
             raise MachineError(_offline(self.name, root_cause(error))) from error
         except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
             raise InputError(Problem(f"{source}: {root_cause(error)}", "data")) from error
