@@ -132,7 +132,7 @@ class LanguageModel(nn.Module):
         """Implementations asked for by operation; empty means "auto" everywhere."""
         # Drawn here because nn.Embedding draws a normal, which on the meta device imports torch._dynamo: 5 s.
         weight = torch.empty(vocab_size, spec.width).uniform_(-0.03, 0.03)
-        self.embedding = nn.Embedding.from_pretrained(weight, freeze=False)
+        self.embedding = nn.Embedding(vocab_size, spec.width, _weight=weight)
         layers = spec.layers()
         self.blocks = nn.ModuleList(Block(layer, spec) for layer in layers)
         for index, layer in enumerate(layers):
