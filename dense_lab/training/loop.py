@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -165,8 +166,8 @@ class Run:
         if step in self.plan.evaluations and on_evaluation is not None:
             on_evaluation(Evaluation(step, tokens, progress.seconds, dict(progress.metrics)))
 
-    def _evaluate(self, split: str, tokens: int) -> dict[str, float]:
-        found = evaluate(self.model, self.corpus, split, self.plan.micro_size, tokens, self.place)  # type: ignore[arg-type]
+    def _evaluate(self, split: Literal["valid", "test"], tokens: int) -> dict[str, float]:
+        found = evaluate(self.model, self.corpus, split, self.plan.micro_size, tokens, self.place)
         self._check(found[f"{split}/loss"], f"{split}/loss")
         return found
 
