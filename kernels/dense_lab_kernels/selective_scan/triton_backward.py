@@ -125,8 +125,8 @@ def adjoint(
     whole = begin + (end - begin) // STEPS * STEPS
     if OUTPUT:
         keep_ends(kept, s, (end - 1) // TILE, tiles, offsets, tile_mask, D, N)
-    for k in range(whole, end):
-        t = end - 1 - (k - whole)
+    for walked in range(0, end - whole):
+        t = end - 1 - walked
         one_row = fetch(placed(pointers, strides, t), strides, 0, exists)
         one_C = fetch_shared(table, 0, NP)
         s, none, nothing = retreat(
@@ -138,11 +138,11 @@ def adjoint(
     rows, Cs = (), ()
     start = placed(pointers, strides, tl.maximum(whole - 1, begin))
     for j in tl.static_range(STEPS):
-        rows = rows + fetch(start, strides, -j, exists & (whole > begin))
+        rows = rows + fetch(start, strides, -j, exists & (channel * 0 + begin < whole))
     for j in tl.static_range(AHEAD):
         Cs = Cs + fetch_shared(table, -j, NP)
-    for k in range(begin, whole, STEPS):
-        t = whole - STEPS - (k - begin)
+    for walked in range(0, whole - begin, STEPS):
+        t = whole - STEPS - walked
         if OUTPUT:
             if (t + STEPS) % TILE == 0:
                 keep_ends(kept, s, t // TILE, tiles, offsets, tile_mask, D, N)
@@ -185,7 +185,7 @@ def step_back(dh, before, B, rate, step):
 @triton.jit
 def accumulate(pointer, value, fresh, mask):
     """Add to a buffer that this program alone uses; `fresh`: nothing is there yet."""
-    tl.store(pointer, tl.load(pointer, mask=mask & (fresh == 0), other=0.0) + value, mask=mask)
+    tl.store(pointer, tl.load(pointer, mask=mask & (tl.zeros_like(value) + fresh < 1), other=0.0) + value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "padded", "span", "splits"])
@@ -213,7 +213,8 @@ def own_gradients(
     n = tl.arange(0, NP)
     home = (tl.program_id(2) * batches + batch) * D
     first = tl.program_id(2) * span
-    for tile in range(first, tl.minimum(first + span, tiles)):
+    for walked in range(0, tl.minimum(span, tiles - first)):
+        tile = first + walked
         B_sums, C_sums = (), ()
         for j in tl.static_range(TILE):
             B_sums = B_sums + (tl.zeros([BLOCK, NP], tl.float32),)
@@ -232,7 +233,7 @@ def own_gradients(
             states, values, steps, slopes, grads, sums = (h[0],), (), (), (), (), ()
             for j in tl.static_range(TILE):
                 t = tile * TILE + j
-                here = exists & (t < T)
+                here = exists & (t + channel * 0 < T)
                 value = read(tokens[0], strides[0], batch, t, channel, here)
                 x = read(tokens[M + 1], strides[M + 1], batch, t, channel, here) + biases[0]
                 grad = read(tokens[3 * M + 2], strides[3 * M + 2], batch, t, channel, here)
@@ -276,9 +277,10 @@ def own_gradients(
                     skip_sum += grads[j] * values[j]
                 x_grad = (flow * values[j] + fall) * slopes[j]
                 bias_sum += tl.where(t < T, x_grad, 0.0)
+                here = exists & (t + channel * 0 < T)
                 out = (batch * T + t) * D + channel
-                tl.store(du + out, value_grad.to(du.dtype.element_ty), mask=exists & (t < T))
-                tl.store(ddt + out, x_grad.to(ddt.dtype.element_ty), mask=exists & (t < T))
+                tl.store(du + out, value_grad.to(du.dtype.element_ty), mask=here)
+                tl.store(ddt + out, x_grad.to(ddt.dtype.element_ty), mask=here)
             B_sums = ()
             for j in tl.static_range(TILE):
                 B_sums = B_sums + (reverse_sums[TILE - 1 - j],)
@@ -289,5 +291,93 @@ def own_gradients(
         for j in tl.static_range(TILE):
             t = tile * TILE + j
             out = (((split * batches + batch) * groups + group) * T + t) * NP + n
-            tl.store(dB + out, tl.sum(B_sums[j], axis=0), mask=(n < NP) & (t < T))
-            tl.store(dC + out, tl.sum(C_sums[j], axis=0), mask=(n < NP) & (t < T))
+            tl.store(dB + out, tl.sum(B_sums[j], axis=0), mask=t + n * 0 < T)
+            tl.store(dC + out, tl.sum(C_sums[j], axis=0), mask=t + n * 0 < T)
+
+
+@triton.jit(do_not_specialize=["T", "padded", "span", "splits", "stream", "streams"])
+def source_gradients(
+    tokens, strides,  # [B, T, D] each: the source's u and dt, the own dt, the source's gate, dy
+    shared, padded, stream, streams,  # as in `forward`; which of the `streams` = m + 1 streams the source is
+    A, bias,
+    kept, ends,  # [m + 1, B, tiles, D, N]
+    du, ddt, dgate,  # [B, T, D]
+    dB,  # [splits, B, G, T, NP] float32
+    dA, dbias,  # [spans * B, D, N] and [spans * B, D], float32
+    T, D, N, groups, span, splits,
+    CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one source, as `own_gradients`: its states receive gate x (CARRIED: own states' gradient, else C dy)."""
+    group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    batch = tl.program_id(1).to(tl.int64)
+    batches = tl.num_programs(1)
+    per_group = D // groups
+    share = tl.cdiv(tl.cdiv(per_group, BLOCK), splits) * BLOCK
+    begin, end = split * share, tl.minimum(split * share + share, per_group)
+    tiles = tl.cdiv(T, TILE)
+    n = tl.arange(0, NP)
+    home = (tl.program_id(2) * batches + batch) * D
+    first = tl.program_id(2) * span
+    pB = shared + (((stream * batches + batch) * groups + group) * padded + PAD) * NP + n
+    pC = shared + (((streams * batches + batch) * groups + group) * padded + PAD) * NP + n
+    for walked in range(0, tl.minimum(span, tiles - first)):
+        tile = first + walked
+        B_sums = ()
+        for j in tl.static_range(TILE):
+            B_sums = B_sums + (tl.zeros([BLOCK, NP], tl.float32),)
+        for place in range(begin, end, BLOCK):
+            channel = group * per_group + place + tl.arange(0, BLOCK)
+            exists = place + tl.arange(0, BLOCK) < end
+            mask = exists[:, None] & (n < N)[None, :]
+            offsets = channel[:, None] * N + n[None, :]
+            h = tl.load(kept + piece_offset(stream, tile, tiles, D, N) + offsets, mask=mask, other=0.0)
+            s = tl.load(ends + piece_offset(stream, tile, tiles, D, N) + offsets, mask=mask, other=0.0)
+            own_s = tl.load(ends + piece_offset(0, tile, tiles, D, N) + offsets, mask=mask, other=0.0)
+            own_rate = tl.load(A + offsets, mask=mask, other=0.0)
+            rate = tl.load(A + stream * D * N + offsets, mask=mask, other=0.0)
+            own_bias = tl.load(bias + channel, mask=exists, other=0.0)
+            other_bias = tl.load(bias + stream * D + channel, mask=exists, other=0.0)
+            states, values, steps, slopes = (h,), (), (), ()
+            for j in tl.static_range(TILE):
+                t = tile * TILE + j
+                here = exists & (t + channel * 0 < T)
+                value = read(tokens[0], strides[0], batch, t, channel, here)
+                x = read(tokens[1], strides[1], batch, t, channel, here) + other_bias
+                step = tl.where(t < T, activate(x, SOFTPLUS), 0.0)
+                h = exp2(rate * (step * LOG2_E)[:, None]) * h + tl.load(pB + t * NP)[None, :] * (step * value)[:, None]
+                states = states + (h,)
+                values, steps, slopes = values + (value,), steps + (step,), slopes + (slope(x, SOFTPLUS),)
+            reverse_sums = ()
+            A_sum = tl.zeros([BLOCK, NP], tl.float32)
+            bias_sum = tl.zeros([BLOCK], tl.float32)
+            for j in tl.static_range(TILE - 1, -1, -1):
+                t = tile * TILE + j
+                here = exists & (t + channel * 0 < T)
+                gate = read(tokens[3], strides[3], batch, t, channel, here)
+                inflow = tl.load(pC + t * NP)[None, :] * read(tokens[4], strides[4], batch, t, channel, here)[:, None]
+                if CARRIED:
+                    inflow += own_s
+                    own_x = read(tokens[2], strides[2], batch, t, channel, here) + own_bias
+                    own_step = tl.where(t < T, activate(own_x, SOFTPLUS), 0.0)
+                    own_s = exp2(own_rate * (own_step * LOG2_E)[:, None]) * inflow
+                dh = s + gate[:, None] * inflow
+                B = tl.load(pB + t * NP)
+                reverse_sums = reverse_sums + (B_sums[j] + dh * (steps[j] * values[j])[:, None],)
+                s, A_share, flow, fall = step_back(dh, states[j], B, rate, steps[j])
+                A_sum += A_share
+                x_grad = (flow * values[j] + fall) * slopes[j]
+                bias_sum += tl.where(t < T, x_grad, 0.0)
+                out = (batch * T + t) * D + channel
+                tl.store(du + out, (flow * steps[j]).to(du.dtype.element_ty), mask=here)
+                tl.store(ddt + out, x_grad.to(ddt.dtype.element_ty), mask=here)
+                gate_grad = tl.sum(inflow * states[j + 1], axis=1)
+                tl.store(dgate + out, gate_grad.to(dgate.dtype.element_ty), mask=here)
+            B_sums = ()
+            for j in tl.static_range(TILE):
+                B_sums = B_sums + (reverse_sums[TILE - 1 - j],)
+            accumulate(dA + home * N + offsets, A_sum, tile == first, mask)
+            accumulate(dbias + home + channel, bias_sum, tile == first, exists)
+        for j in tl.static_range(TILE):
+            t = tile * TILE + j
+            out = (((split * batches + batch) * groups + group) * T + t) * NP + n
+            tl.store(dB + out, tl.sum(B_sums[j], axis=0), mask=t + n * 0 < T)

@@ -256,10 +256,11 @@ def forward(
     rows, B_and_C = (), ()
     start = placed(pointers, strides, begin)
     for j in tl.static_range(STEPS):
-        rows = rows + fetch(start, strides, j, exists & (whole > begin))
+        rows = rows + fetch(start, strides, j, exists & (channel * 0 + begin < whole))
     for j in tl.static_range(AHEAD):
         B_and_C = B_and_C + fetch_shared(tables, j, NP)
-    for t in range(begin, whole, STEPS):
+    for walked in range(0, whole - begin, STEPS):
+        t = begin + walked
         if KEEP:
             keep(kept, h, t, every, T, offsets, tile_mask, D, N)
         h, cross, product, sums, rows, B_and_C = advance(
@@ -270,7 +271,8 @@ def forward(
         tables = shifted(tables, STEPS * NP)
         pout += D * STEPS
         praw += D * STEPS
-    for t in range(whole, end):
+    for walked in range(0, end - whole):
+        t = whole + walked
         if KEEP:
             keep(kept, h, t, every, T, offsets, tile_mask, D, N)
         one_row = fetch(placed(pointers, strides, t), strides, 0, exists)

@@ -1,0 +1,198 @@
+"""selective_scan on one GPU, bfloat16, with gate, D and softplus: time, against mamba-ssm where it is installed.
+
+    python benchmarks/ops_selective_scan.py            # shapes, sources, kernels, first call with an empty cache
+    python benchmarks/ops_selective_scan.py --quick    # the first shape, and its kernels
+    python benchmarks/ops_selective_scan.py --sweep    # launch choices, to check the rule
+
+Milliseconds are medians over CUDA events, with the spread from the 20th to the 80th percentile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from triton.testing import do_bench
+
+from dense_lab_kernels.selective_scan import ScanSource, selective_scan, triton
+
+SHAPES = [(8, 2048, 2048, 16), (8, 4096, 2048, 16), (1, 2048, 32768, 16), (32, 1536, 1024, 16)]  # B, D, T, N
+# mamba-ssm's CUDA kernel on an H200: forward, forward + backward
+QUOTED = {SHAPES[0]: (0.589, 2.89), SHAPES[1]: (1.16, 5.69), SHAPES[2]: (1.45, 7.08), SHAPES[3]: (0.837, 4.28)}
+SWEEP = [
+    {},
+    {"steps": 4},
+    {"steps": 4, "ahead": 1},
+    {"warps": 4, "block": 128},
+    {"warps": 2, "block": 64},
+    {"tile": 4},
+    {"splits": 8, "span": 4},
+    {"splits": 16, "span": 16},
+    {"splits": 4, "span": 4},
+]
+
+
+def draw(B: int, D: int, T: int, N: int) -> dict[str, Tensor]:
+    """Arguments as a Mamba layer has them: A = -(1 .. N), steps of about 0.001 to 0.1."""
+    wide = {name: torch.randn(B, T, D, device="cuda", dtype=torch.bfloat16) for name in ("u", "dt", "z")}
+    shared = {name: torch.randn(B, T, 1, N, device="cuda", dtype=torch.bfloat16) for name in ("B", "C")}
+    rates = -torch.arange(1, N + 1, device="cuda", dtype=torch.float32).repeat(D, 1)
+    bias = torch.log(torch.expm1(torch.empty(D, device="cuda").uniform_(-6.9, -2.3).exp()))
+    inputs = {**wide, **shared, "A": rates, "D": torch.ones(D, device="cuda"), "dt_bias": bias}
+    inputs["dt"] *= 0.5
+    return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+
+
+def draw_sources(inputs: dict[str, Tensor], m: int) -> dict[str, Any]:
+    def again(tensor: Tensor) -> Tensor:
+        return torch.randn_like(tensor).requires_grad_()
+
+    made = [
+        ScanSource(again(inputs["u"]), (again(inputs["dt"]) * 0.5).detach().requires_grad_(),
+                   inputs["A"].detach().clone().requires_grad_(), again(inputs["B"]), inputs["dt_bias"])
+        for _ in range(m)
+    ]  # fmt: skip
+    return {"sources": made, "gates": [torch.rand_like(inputs["u"]).requires_grad_() for _ in range(m)]}
+
+
+def time_of(call: Callable[[], Any]) -> str:
+    low, middle, high = do_bench(call, warmup=20, rep=120, quantiles=[0.2, 0.5, 0.8])
+    return f"{middle:7.3f} ({low:.3f}-{high:.3f})"
+
+
+def both(run: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[str, str]:
+    """Forward without gradients; forward and backward."""
+    grad = torch.randn_like(run())
+
+    def train() -> None:
+        torch.autograd.grad(run(), leaves, grad)
+
+    with torch.no_grad():
+        forward = time_of(run)
+    return forward, time_of(train)
+
+
+def leaves_of(inputs: dict[str, Any]) -> list[Tensor]:
+    flat = [t for t in inputs.values() if isinstance(t, Tensor)]
+    flat += list(inputs.get("gates", ()))
+    return flat + [t for source in inputs.get("sources", ()) for t in source[:4]]
+
+
+def ours(inputs: dict[str, Any], **options: Any) -> Callable[[], Tensor]:
+    return lambda: selective_scan(**inputs, **options, impl="triton").output
+
+
+def peer(inputs: dict[str, Tensor]) -> tuple[str, str] | None:
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ImportError:
+        return None
+    flipped = {k: v.transpose(1, 2).contiguous().detach().requires_grad_() for k, v in inputs.items() if k in ("u", "dt", "z")}
+    B, C = (inputs[k].permute(0, 2, 3, 1).contiguous().detach().requires_grad_() for k in "BC")
+    A, D, bias = inputs["A"], inputs["D"], inputs["dt_bias"]
+    return both(
+        lambda: selective_scan_fn(flipped["u"], flipped["dt"], A, B, C, D, flipped["z"], bias, True),
+        [*flipped.values(), B, C, A, D, bias],
+    )
+
+
+def kernels(run: Callable[[], Tensor], leaves: list[Tensor]) -> None:
+    """Time of every kernel in one forward and backward."""
+    grad = torch.randn_like(run())
+    for _ in range(3):
+        torch.autograd.grad(run(), leaves, grad)
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(5):
+            torch.autograd.grad(run(), leaves, grad)
+        torch.cuda.synchronize()
+    rows = sorted(trace.key_averages(), key=lambda row: -row.self_device_time_total)
+    for row in rows[:14]:
+        print(f"    {row.self_device_time_total / 5000:7.3f} ms  x{row.count / 5:<4.0f} {row.key[:90]}")
+
+
+def first_call() -> None:
+    """In a process and a cache of its own: import, then forward and backward at two shapes."""
+    code = (
+        "import time, torch\n"
+        "from dense_lab_kernels.selective_scan import selective_scan\n"
+        "from ops_selective_scan import draw, leaves_of\n"
+        "torch.randn(8, 8, device='cuda').sum().backward if False else torch.cuda.synchronize()\n"
+        "for shape in ((2, 512, 512, 16), (3, 768, 640, 16), (2, 512, 500, 16), (2, 500, 512, 16)):\n"
+        "    x = draw(*shape); torch.cuda.synchronize(); t = time.perf_counter()\n"
+        "    y = selective_scan(**x, impl='triton').output\n"
+        "    torch.cuda.synchronize(); f = time.perf_counter() - t\n"
+        "    y.float().sum().backward(); torch.cuda.synchronize()\n"
+        "    print(f'first call at B, D, T, N = {shape}: forward {f:.2f} s, with backward {time.perf_counter() - t:.2f} s')\n"
+    )
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = os.pathsep.join([here, *sys.path])
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": path}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def sweep() -> None:
+    """Launch choices at the first shape; all are compiled in parallel first."""
+    inputs = draw(*SHAPES[0])
+    leaves = leaves_of(inputs)
+    order = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
+    flags = {"carried": False, "softplus": True, "gated": True, "skip": True}
+    rule = triton._make_plan(inputs["u"].shape, 16, 1, 0, inputs["u"].device, **flags)
+    print("rule:", rule)
+    grad = torch.randn_like(inputs["u"])
+
+    def runner(change: dict[str, int]) -> Callable[[], Tensor]:
+        plan = rule._replace(**change)
+        return lambda: triton._SelectiveScan.apply(plan, *(inputs[name] for name in order), None)[0]
+
+    def compile_one(change: dict[str, int]) -> float:
+        start = time.perf_counter()
+        torch.autograd.grad(runner(change)(), leaves, grad)
+        return time.perf_counter() - start
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        compiled = list(pool.map(compile_one, SWEEP))
+    for change, seconds in zip(SWEEP, compiled, strict=True):
+        forward, train = both(runner(change), leaves)
+        print(f"{change!s:36} forward {forward}  forward + backward {train} ms   compiled in {seconds:.1f} s")
+        kernels(runner(change), leaves)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
+    chosen = parser.parse_args()
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    if chosen.sweep:
+        return sweep()
+    for shape in SHAPES[:1] if chosen.quick else SHAPES:
+        inputs = draw(*shape)
+        forward, train = both(ours(inputs), leaves_of(inputs))
+        quoted = "mamba-ssm (quoted, H200) {} / {}".format(*QUOTED[shape])
+        measured = peer(inputs)
+        print(f"B, D, T, N = {shape}: forward {forward}  forward + backward {train} ms; {measured or quoted}")
+    inputs = draw(*SHAPES[0])
+    kernels(ours(inputs), leaves_of(inputs))
+    for site in () if chosen.quick else ("readout", "carried"):
+        for m in (1, 2):
+            dense = inputs | draw_sources(inputs, m)
+            forward, train = both(ours(dense, site=site), leaves_of(dense))
+            print(f"{site} m={m} at {SHAPES[0]}: forward {forward}  forward + backward {train} ms")
+            kernels(ours(dense, site=site), leaves_of(dense))
+    if not chosen.quick:
+        first_call()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,388 @@
+"""Selective scan on a GPU (Triton): launch rules and the autograd function around the kernels.
+
+Between forward and backward live the inputs, y before its gate, and the states every KEPT tokens in float32: with N = 16
+as much memory as one [B, T, D] tensor in bfloat16 at KEPT = 64 takes twice over. The backward restores the states every
+TILE tokens from them, T / TILE states of [D, N], and frees them before it returns. Nothing is searched at the first call.
+
+Letters: B batch, T tokens, D channels, N states padded to NP, G groups; m sources; stream 0 is the layer's own, 1 .. m
+the sources.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, processors, unsupported_place
+from dense_lab_kernels.selective_scan import triton_backward as backward
+from dense_lab_kernels.selective_scan import triton_forward as forward
+
+__all__ = ["selective_scan", "sm90_cases", "unsupported"]
+
+_OPERATION = "selective_scan"
+_MOST_STATES = 256
+_KEPT = 64  # tokens between the states that wait for the backward; every segment is a multiple of it
+_TILE = 8  # tokens that the backward replays in registers
+
+
+def unsupported(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Tensor | None, sources: tuple[Any, ...] = (), **_: Any
+) -> str | None:
+    """Why Triton cannot run these (validated) arguments, or None."""
+    place = unsupported_place(u)
+    if place is not None:
+        return place
+    if u.dtype == torch.float64:
+        return "states are float32, so float64 inputs would be rounded"
+    if A.shape[1] > _MOST_STATES:
+        return f"holds at most {_MOST_STATES} states per channel, got N={A.shape[1]}"
+    return None
+
+
+class Plan(NamedTuple):
+    """Everything that the shapes, dtypes and options of one call decide."""
+
+    batch: int
+    tokens: int
+    channels: int
+    states: int
+    padded_states: int
+    groups: int
+    sources: int
+    carried: bool
+    softplus: bool
+    gated: bool
+    skip: bool
+    warps: int  # of a program that walks
+    block: int  # its channels
+    steps: int  # tokens walked at a time
+    ahead: int  # tokens between fetching B and C and using them
+    segment: int  # tokens of a walk
+    tile_block: int  # channels that a program replays at a time
+    tile: int
+    splits: int  # parts of a group's channels, and
+    span: int  # tiles, that one replaying program takes
+
+    @property
+    def segments(self) -> int:
+        return math.ceil(self.tokens / self.segment)
+
+    @property
+    def tiles(self) -> int:
+        return math.ceil(self.tokens / self.tile)
+
+    @property
+    def pieces(self) -> int:
+        """Kept states per sequence."""
+        return math.ceil(self.tokens / _KEPT)
+
+    @property
+    def spans(self) -> int:
+        return math.ceil(self.tiles / self.span)
+
+    def states_of(self, pieces: int) -> tuple[int, ...]:
+        return (self.sources + 1, self.batch, pieces, self.channels, self.states)
+
+    def flags(self) -> dict[str, Any]:
+        return {"CARRIED": self.carried and self.sources > 0, "SOFTPLUS": self.softplus, "NP": self.padded_states}
+
+
+def _make_plan(
+    shape: torch.Size, states: int, groups: int, sources: int, device: torch.device, **options: bool
+) -> Plan:
+    """Launch rules.
+
+    A thread walks a channel with up to 32 states; the chip wants two walking warps per processor or more, so shorter work
+    is cut in segments, which costs every decay once more. Replaying programs are many: about 32 per processor.
+    """
+    batch, tokens, channels = shape
+    padded = max(4, triton.next_power_of_2(states))
+    per_thread = padded * (sources + 1)
+    block = max(1, min(32, 32 * 48 // per_thread if sources else 32 * 32 // padded))
+    block = 1 << (block.bit_length() - 1)
+    small = padded <= 16
+    steps, ahead = ((8, 2) if small else (4, 1)) if sources == 0 else (2, 1)
+    programs = batch * groups * math.ceil(channels / groups / block)
+    wanted = 2 * processors(device)
+    segments = 1 if programs >= wanted else math.ceil(4 * wanted / programs)
+    segment = max(1, math.ceil(tokens / segments / _KEPT)) * _KEPT
+    tile = _TILE if sources == 0 or small else _TILE // 2
+    tile_block = max(1, 128 // padded)
+    tiles = math.ceil(tokens / tile)
+    blocks = math.ceil(channels / groups / tile_block)
+    programs = 32 * processors(device)
+    splits = max(1, min(16, blocks // 8, math.ceil(programs / (batch * groups))))
+    spans = max(1, min(tiles, 32, math.ceil(programs / (batch * groups * splits))))
+    return Plan(
+        batch, tokens, channels, states, padded, groups, sources, **options,
+        warps=1, block=block, steps=steps, ahead=ahead, segment=segment, tile_block=tile_block, tile=tile,
+        splits=splits, span=math.ceil(tiles / spans),
+    )  # fmt: skip
+
+
+class _Inputs(NamedTuple):
+    """What the kernels read, made once per direction from the arguments."""
+
+    u: tuple[Tensor, ...]
+    dt: tuple[Tensor, ...]
+    gates: tuple[Tensor, ...]
+    z: Tensor | None
+    A: Tensor  # [m + 1, D, N]
+    bias: Tensor  # [m + 1, D]
+    skip: Tensor
+    shared: Tensor  # [m + 2, B, G, T + 2 PAD, NP]
+
+
+def _strides(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((tensor.stride(0), tensor.stride(1)) for tensor in tensors)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[B, T, D] with neighbouring channels side by side."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+def _pack_shared(B: tuple[Tensor, ...], C: Tensor, plan: Plan) -> Tensor:
+    """Every B, and C, in one zero-padded float32 buffer that the kernels read without masks."""
+    pad = forward.PAD.value
+    size = (plan.sources + 2, plan.batch, plan.groups, plan.tokens + 2 * pad, plan.padded_states)
+    buffer = torch.zeros(size, dtype=torch.float32, device=C.device)
+    for i, tensor in enumerate((*B, C)):
+        wide = tensor.repeat_interleave(plan.groups // tensor.shape[2], dim=2) if tensor.shape[2] != plan.groups else tensor
+        buffer[i, :, :, pad : pad + plan.tokens, : plan.states] = wide.transpose(1, 2)
+    return buffer
+
+
+def _unpack_shared(parts: Tensor, like: Tensor, plan: Plan) -> Tensor:
+    """[splits, B, G, T, NP] sums over parts of the channels -> the gradient of a B or C."""
+    total = parts.sum(0)[..., : plan.states].transpose(1, 2)
+    own = like.shape[2]
+    if own != plan.groups:
+        total = total.unflatten(2, (own, plan.groups // own)).sum(3)
+    return total.to(like.dtype)
+
+
+def _walk(
+    plan: Plan, inputs: _Inputs, entry: Tensor, outputs: dict[str, Tensor | None], *, segment: int, every: int
+) -> None:
+    """Launch `forward`; which of its results are wanted follows from which outputs are given."""
+    output = outputs.get("out") is not None
+    tokens = inputs.u + inputs.dt + inputs.gates + ((inputs.z,) if output and plan.gated else ())
+    grid = _walk_grid(plan, math.ceil(plan.tokens / segment))
+    names = ("out", "raw", "kept", "last", "crossed", "spans")
+    given = [outputs.get(name) if outputs.get(name) is not None else inputs.A for name in names]
+    forward.forward[grid](
+        tokens, _strides(tokens), inputs.shared, inputs.shared.shape[3], inputs.A, inputs.bias, inputs.skip, entry,
+        *given, plan.tokens, plan.channels, plan.states, plan.groups, segment, every,
+        **plan.flags(), HAS_Z=plan.gated and output, HAS_SKIP=plan.skip and output, OUTPUT=output,
+        RAW=outputs.get("raw") is not None, KEEP=outputs.get("kept") is not None,
+        SUMS=outputs.get("spans") is not None, M=plan.sources,
+        BLOCK=plan.block, STEPS=plan.steps, AHEAD=plan.ahead, num_warps=plan.warps,
+    )  # fmt: skip
+
+
+def _walk_grid(plan: Plan, segments: int) -> tuple[int, int, int]:
+    return (plan.groups * math.ceil(plan.channels / plan.groups / plan.block), plan.batch, segments)
+
+
+def _join(plan: Plan, inputs: _Inputs, states: Tensor, crossed: Tensor, spans: Tensor, first: Tensor, end: str) -> None:
+    """Turn the segments' own contributions into the states they start from; `first` becomes what is left at the end."""
+    width = 128
+    grid = (math.ceil(plan.channels * plan.states / width), plan.batch)
+    flags = plan.flags()
+    forward.join[grid](
+        states, crossed, spans, inputs.A, first, plan.channels, plan.states, plan.segments,
+        CARRIED=flags["CARRIED"], BACKWARD=end == "backward", M=plan.sources, WIDTH=width, num_warps=4,
+    )  # fmt: skip
+
+
+def _run_forward(plan: Plan, inputs: _Inputs, first: Tensor, *, keep: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Output, final states [m + 1, B, D, N] and what the backward needs."""
+    device = first.device
+    saved: dict[str, Tensor] = {}
+    entry = first.unsqueeze(2)
+    if plan.segments > 1:
+        entry = torch.empty(plan.states_of(plan.segments), device=device)
+        saved["spans"] = torch.empty((plan.sources + 1, plan.batch, plan.segments, plan.channels), device=device)
+        saved["crossed"] = torch.empty((plan.sources, *entry.shape[1:]) if plan.carried else (0,), device=device)
+        zeros = torch.zeros_like(entry)
+        _walk(plan, inputs, zeros, {"last": entry, **saved}, segment=plan.segment, every=_KEPT)
+        _join(plan, inputs, entry, saved["crossed"], saved["spans"], first.clone(), "forward")
+    out = torch.empty(inputs.u[0].shape, dtype=inputs.u[0].dtype, device=device)
+    last = torch.empty_like(entry)
+    if keep:
+        saved["kept"] = torch.empty(plan.states_of(plan.pieces), device=device)
+        if plan.gated:
+            saved["raw"] = torch.empty_like(out)
+    results = {"out": out, "last": last, "kept": saved.get("kept"), "raw": saved.get("raw")}
+    _walk(plan, inputs, entry, results, segment=plan.segment, every=_KEPT)
+    return out, last[:, :, -1], saved
+
+
+def _adjoint(
+    plan: Plan, inputs: _Inputs, grad: Tensor, final: Tensor, saved: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of y and z, of the states after every tile, and of the initial states."""
+    device = grad.device
+    dy = torch.empty(grad.shape, device=device) if plan.gated else grad
+    dz = torch.empty(grad.shape, dtype=inputs.z.dtype, device=device) if plan.gated else None
+    ends = torch.empty(plan.states_of(plan.tiles), device=device)
+    tokens = (*inputs.dt, *inputs.gates, grad, *((inputs.z, saved["raw"]) if plan.gated else ()))
+
+    def launch(entry: Tensor, last: Tensor, output: bool) -> None:
+        backward.adjoint[_walk_grid(plan, plan.segments)](
+            tokens, _strides(tokens), inputs.shared, inputs.shared.shape[3], plan.sources + 1, inputs.A, inputs.bias,
+            entry, dy, dz if plan.gated else dy, ends, last,
+            plan.tokens, plan.channels, plan.states, plan.groups, plan.segment,
+            **plan.flags(), HAS_Z=plan.gated, OUTPUT=output, M=plan.sources,
+            BLOCK=plan.block, TILE=plan.tile, STEPS=plan.steps, AHEAD=plan.ahead, num_warps=plan.warps,
+        )  # fmt: skip
+
+    entry = final.unsqueeze(2)
+    if plan.segments > 1:
+        entry = torch.empty(plan.states_of(plan.segments), device=device)
+        launch(torch.zeros_like(entry), entry, False)
+        _join(plan, inputs, entry, saved["crossed"], saved["spans"], final.clone(), "backward")
+    last = torch.empty_like(entry)
+    launch(entry, last, True)
+    return dy, dz, ends, last[:, :, 0]
+
+
+def _restore(plan: Plan, inputs: _Inputs, kept: Tensor) -> Tensor:
+    """States before every tile, from those kept by the forward."""
+    restored = torch.empty(plan.states_of(plan.tiles), device=kept.device)
+    _walk(plan, inputs, kept, {"kept": restored}, segment=_KEPT, every=plan.tile)
+    return restored
+
+
+class _Parts:
+    """Buffers that the replaying programs of one stream fill, and their sums."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.shared = torch.empty(
+            (2, plan.splits, plan.batch, plan.groups, plan.tokens, plan.padded_states), device=device
+        )
+        rows = plan.spans * plan.batch
+        self.A = torch.empty((rows, plan.channels, plan.states), device=device)
+        self.channels = torch.empty((2, rows, plan.channels), device=device)  # skip, bias
+
+
+def _gradients(
+    plan: Plan, inputs: _Inputs, stream: int, dy: Tensor, kept: Tensor, ends: Tensor
+) -> tuple[_Parts, tuple[Tensor, ...]]:
+    """Gradients of one stream: the parts to be summed, and du, ddt and, of a source, that of its gate."""
+    parts = _Parts(plan, dy.device)
+    like = (inputs.u[stream], inputs.dt[stream], *((inputs.gates[stream - 1],) if stream else ()))
+    rows = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like)
+    common = (plan.tokens, plan.channels, plan.states, plan.groups, plan.span, plan.splits)
+    flags = plan.flags() | {"BLOCK": plan.tile_block, "TILE": plan.tile, "num_warps": 1}
+    grid = (plan.groups * plan.splits, plan.batch, plan.spans)
+    padded = inputs.shared.shape[3]
+    if stream == 0:
+        tokens = (*inputs.u, *inputs.dt, *inputs.gates, dy)
+        backward.own_gradients[grid](
+            tokens, _strides(tokens), inputs.shared, padded, inputs.A, inputs.bias, inputs.skip, kept, ends, *rows,
+            parts.shared[0], parts.shared[1], parts.A, parts.channels[0], parts.channels[1], *common,
+            HAS_SKIP=plan.skip, M=plan.sources, **flags,
+        )  # fmt: skip
+    else:
+        tokens = (inputs.u[stream], inputs.dt[stream], inputs.dt[0], inputs.gates[stream - 1], dy)
+        backward.source_gradients[grid](
+            tokens, _strides(tokens), inputs.shared, padded, stream, plan.sources + 1, inputs.A, inputs.bias,
+            kept, ends, *rows, parts.shared[0], parts.A, parts.channels[1], *common, **flags,
+        )  # fmt: skip
+    return parts, rows
+
+
+def _gather(plan: Plan, tensors: tuple[Tensor | None, ...]) -> tuple[_Inputs, Tensor]:
+    """The kernels' inputs and the initial states [m + 1, B, D, N], from the flat arguments."""
+    u, dt, A, B, C, D, z, bias, initial = tensors[:9]
+    sources = [tensors[9 + 7 * i : 16 + 7 * i] for i in range(plan.sources)]
+
+    def stack(own: Tensor | None, others: list[Tensor | None], shape: tuple[int, ...]) -> Tensor:
+        if all(tensor is None for tensor in (own, *others)):
+            return torch.zeros((plan.sources + 1, *shape), device=u.device)
+        filled = [torch.zeros(shape, device=u.device) if t is None else t.float() for t in (own, *others)]
+        return torch.stack(filled)
+
+    state = (plan.channels, plan.states)
+    inputs = _Inputs(
+        u=tuple(_rows(t) for t in (u, *(s[0] for s in sources))),
+        dt=tuple(_rows(t) for t in (dt, *(s[1] for s in sources))),
+        gates=tuple(_rows(s[5]) for s in sources),
+        z=None if z is None else _rows(z),
+        A=stack(A, [s[2] for s in sources], state),
+        bias=stack(bias, [s[4] for s in sources], state[:1]),
+        skip=u if D is None else D.float().contiguous(),
+        shared=_pack_shared((B, *(s[3] for s in sources)), C, plan),
+    )
+    return inputs, stack(initial, [s[6] for s in sources], (plan.batch, *state))
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """Arguments: the plan, then u, dt, A, B, C, D, z, dt_bias, initial state; per source its five, gate and state."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        inputs, first = _gather(plan, tensors)
+        out, last, saved = _run_forward(plan, inputs, first, keep=any(ctx.needs_input_grad))
+        ctx.plan, ctx.names = plan, tuple(saved)
+        ctx.save_for_backward(*tensors, *saved.values())
+        return out, *last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *finals: Tensor) -> tuple[Tensor | None, ...]:
+        plan = ctx.plan
+        tensors = ctx.saved_tensors[: len(ctx.saved_tensors) - len(ctx.names)]
+        saved = dict(zip(ctx.names, ctx.saved_tensors[len(tensors) :], strict=True))
+        inputs, _ = _gather(plan, tensors)
+        dy, dz, ends, initial = _adjoint(plan, inputs, _rows(grad), torch.stack(finals).float(), saved)
+        kept = _restore(plan, inputs, saved["kept"])
+        found: list[Tensor | None] = []
+        for stream in range(plan.sources + 1):
+            parts, rows = _gradients(plan, inputs, stream, dy, kept, ends)
+            dA, (dskip, dbias) = parts.A.sum(0), parts.channels.sum(1)
+            if stream == 0:
+                shared = [_unpack_shared(parts.shared[i], tensors[3 + i], plan) for i in range(2)]
+                found += [*rows, dA, *shared, dskip, dz, dbias, initial[0]]
+            else:
+                dB = _unpack_shared(parts.shared[0], tensors[9 + 7 * (stream - 1) + 3], plan)
+                found += [*rows[:2], dA, dB, dbias, rows[2], initial[stream]]
+        kinds = [None if t is None or not needed else t for t, needed in zip(tensors, ctx.needs_input_grad[1:], strict=True)]
+        return None, *(None if t is None else g.to(t.dtype) for g, t in zip(found, kinds, strict=True))
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_activation: str = "softplus",
+    initial_state: Tensor | None = None,
+    sources: tuple[Any, ...] = (),
+    gates: tuple[Tensor, ...] = (),
+    site: str = "readout",
+    source_states: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Output [B, T, D] in u's dtype, final state and source states [B, D, N]; arguments as in the public function."""
+    groups = math.lcm(B.shape[2], *(source.B.shape[2] for source in sources))
+    plan = _make_plan(
+        u.shape, A.shape[1], groups, len(sources), u.device,
+        carried=site == "carried", softplus=dt_activation == "softplus", gated=z is not None, skip=D is not None,
+    )  # fmt: skip
+    states = source_states or (None,) * len(sources)
+    extra = [t for s, gate, state in zip(sources, gates, states, strict=True) for t in (*s, gate, state)]
+    out, final, *others = _SelectiveScan.apply(plan, u, dt, A, B, C, D, z, dt_bias, initial_state, *extra)
+    return out, final, tuple(others)

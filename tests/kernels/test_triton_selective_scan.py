@@ -1,0 +1,151 @@
+"""selective_scan in Triton: outputs, states and every gradient against float64, on a GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from accuracy import as_dtype, assert_as_accurate, run_with_gradients
+
+from dense_lab_kernels.selective_scan import selective_scan
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(), reason="needs TRITON_INTERPRET=1 or a GPU (README.md here)"
+    ),
+    pytest.mark.usefixtures("poisoned_empty"),
+]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter computes bf16 wrongly; on a GPU bf16 is what matters.
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+WIDE = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
+FLOAT32 = ("A", "D", "dt_bias")  # as training keeps them
+
+
+def make(
+    shape: tuple[int, int, int, int] = (1, 11, 12, 3), *, groups: int = 1, m: int = 0, source_groups: int | None = None,
+    softplus: bool = True, without: tuple[str, ...] = (), seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """float64 inputs for B, T, D, N = shape; decays from strong to almost none."""
+    generator = torch.Generator().manual_seed(seed)
+    B, T, D, N = shape
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(DEVICE)
+
+    def step() -> torch.Tensor:
+        return draw(B, T, D) - 1 if softplus else draw(B, T, D).abs() * 0.3
+
+    inputs: dict[str, Any] = {
+        "u": draw(B, T, D), "dt": step(), "A": -draw(D, N).exp(), "B": draw(B, T, groups, N), "C": draw(B, T, groups, N),
+        "D": draw(D), "z": draw(B, T, D), "dt_bias": draw(D), "initial_state": draw(B, D, N),
+    }  # fmt: skip
+    if m:
+        grouped = source_groups or groups
+        inputs["sources"] = tuple(
+            (draw(B, T, D), step(), -draw(D, N).exp(), draw(B, T, grouped, N), draw(D)) for _ in range(m)
+        )
+        inputs["gates"] = tuple(draw(B, T, D) * 0.3 for _ in range(m))
+        inputs["source_states"] = tuple(draw(B, D, N) for _ in range(m))
+    return {name: value for name, value in inputs.items() if name not in without}
+
+
+def check(inputs: dict[str, Any], dtype: torch.dtype, **options: Any) -> None:
+    def run(impl: str, kind: torch.dtype) -> dict[str, torch.Tensor]:
+        # Rounded to the dtype first, so that all see the same numbers; what training keeps in float32 stays so.
+        rounded = as_dtype(inputs, dtype, keep=FLOAT32)
+        converted = as_dtype(rounded, kind, keep=FLOAT32 if kind != torch.float64 else ())
+        if kind != torch.float64:
+            converted = {n: v.float() if n in FLOAT32 else v for n, v in converted.items()}
+        return run_with_gradients(lambda **x: selective_scan(**x, **options, impl=impl), converted)
+
+    inputs = {n: v.float().double() if n in FLOAT32 else v for n, v in inputs.items()}
+    assert_as_accurate(run("triton", dtype), run("reference", dtype), run("reference", torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_states_and_gradients(dtype: torch.dtype) -> None:
+    check(make(), dtype)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize(
+    "without", [("z",), ("D",), ("dt_bias",), ("initial_state",), ("z", "D", "dt_bias", "initial_state")], ids=str
+)
+def test_optional_arguments(without: tuple[str, ...], dtype: torch.dtype) -> None:
+    check(make(without=without), dtype)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_step_as_given(dtype: torch.dtype) -> None:
+    check(make(softplus=False, without=("dt_bias",)), dtype, dt_activation="none")
+
+
+# B, T, D, N: one token, tokens and channels beside the tiles, one and many states.
+ODD = [(2, 1, 5, 1), (1, 9, 33, 4), (1, 17, 3, 16), (1, 5, 4, 40), (1, 8, 2, 64)]
+LONG = [(2, 63, 40, 16), (1, 100, 64, 16), (1, 257, 96, 5), (2, 2048, 64, 16), (1, 300, 50, 128), (8, 130, 2048, 16)]
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("shape", ODD if INTERPRETED else ODD + LONG, ids=str)
+def test_odd_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    check(make(shape), dtype)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("site", ["readout", "carried"])
+@pytest.mark.parametrize("m", [1, 2])
+def test_sources(m: int, site: str, dtype: torch.dtype) -> None:
+    check(make((1, 9, 12, 3) if INTERPRETED else (2, 77, 80, 16), m=m), dtype, site=site)
+
+
+@pytest.mark.parametrize("site", ["readout", "carried"])
+def test_groups(site: str) -> None:
+    check(make((1, 9, 12, 3), groups=2), torch.float32)
+    check(make((1, 9, 12, 3), groups=2, m=1, source_groups=3), torch.float32, site=site)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize(("m", "site"), [(0, "readout"), (1, "readout"), (1, "carried")])
+def test_segments(m: int, site: str, dtype: torch.dtype) -> None:
+    """Long sequences of few channels are cut in segments that hand on their states."""
+    from dense_lab_kernels.selective_scan import triton
+
+    shape = (1, 133, 3, 2) if INTERPRETED else (1, 700, 40, 16)
+    plan = triton._make_plan(
+        torch.Size(shape[:3]), shape[3], 1, m, torch.device(DEVICE, None if INTERPRETED else 0),
+        carried=site == "carried", softplus=True, gated=True, skip=True,
+    )  # fmt: skip
+    assert plan.segments > 2
+    check(make(shape, m=m), dtype, site=site)
+
+
+def test_rows_of_a_wider_tensor() -> None:
+    """u and z are often halves of one projection: strided rows are read where they are."""
+    inputs = as_dtype(make((2, 9, 8, 4)), torch.float32)
+    both = torch.cat([inputs["u"], inputs["z"]], dim=-1)
+    halves = inputs | {"u": both[..., :8], "z": both[..., 8:]}
+    for found, expected in zip(selective_scan(**halves, impl="triton"), selective_scan(**inputs, impl="triton"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_pieces_equal_the_whole() -> None:
+    """Handing the states on between two calls gives what one call gives."""
+    inputs = as_dtype(make((1, 24, 6, 4), m=1), torch.float32)
+    whole = selective_scan(**inputs, site="carried", impl="triton")
+    timed = ("u", "dt", "B", "C", "z")
+
+    def piece(where: slice, **state: Any) -> Any:
+        sources = tuple((*(x[:, where] for x in (s[0], s[1])), s[2], s[3][:, where], s[4]) for s in inputs["sources"])
+        cut = {name: value[:, where] if name in timed else value for name, value in inputs.items()}
+        cut |= {"sources": sources, "gates": tuple(g[:, where] for g in inputs["gates"])} | state
+        return selective_scan(**cut, site="carried", impl="triton")
+
+    first = piece(slice(0, 16))
+    second = piece(slice(16, 24), initial_state=first.final_state, source_states=first.source_states)
+    torch.testing.assert_close(torch.cat([first.output, second.output], 1), whole.output, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(second.final_state, whole.final_state, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(second.source_states[0], whole.source_states[0], rtol=1e-5, atol=1e-5)
