@@ -29,11 +29,12 @@ from dense_lab.training.device import (
     use_threads,
 )
 from dense_lab.training.evaluate import evaluate
+from dense_lab.training.graph import build_step
 from dense_lab.training.optimizer import build_optimizer
 from dense_lab.training.outcome import Evaluation, Pruned, Result, TrialFailed
 from dense_lab.training.record import METRICS, Recorder
 from dense_lab.training.schedule import learning_rate, plan
-from dense_lab.training.step import EagerStep, StepClock, StepFunction, StepOutput
+from dense_lab.training.step import StepClock, StepOutput
 
 OnEvaluation = Callable[[Evaluation], None]
 
@@ -115,7 +116,7 @@ class Run:
         self.model: LanguageModel = spec.model.build(self.corpus.vocab_size).initialise(spec.seed).to(place.device)
         self.model.kernels = spec.kernels
         self.optimizer = build_optimizer(self.model, spec.train)
-        self.step: StepFunction = EagerStep(self.model, self.optimizer, place, self.plan.micro_size, spec.train.clip)
+        self.step = build_step(self.model, self.optimizer, place, self.plan.micro_size, spec.train.clip)
         torch.manual_seed(spec.seed)  # Dropout alone draws from it; weights and batches have generators of their own.
         self.checkpoint = recorder.folder / "checkpoint"
         self.progress = checkpoint.load(self.checkpoint, self.model, self.optimizer) or Progress()
@@ -197,4 +198,4 @@ class Run:
     def tags(self) -> dict[str, str]:
         """See `provenance.tags`."""
         known = provenance.tags(self.spec, self.plugins, self.corpus, self.model, self.place)
-        return known | {"batches": self.progress.batches}
+        return known | {"batches": self.progress.batches, "step": self.step.mode}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import struct
 import time
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,9 +31,22 @@ class StepOutput(NamedTuple):
 class StepFunction(Protocol):
     """Forward, backward and update. The loop asks for no more, so a captured graph may take its place."""
 
+    @property
+    def mode(self) -> str:
+        """`graph`, or `eager: ` and the reason."""
+        ...
+
     def __call__(self, batch: Batch, lr: float) -> StepOutput:
         """Train on `batch`, which is on the CPU, at learning rate `lr`."""
         ...
+
+
+class Piece(NamedTuple):
+    """A part of a batch that is computed at once."""
+
+    batch: Batch
+    share: float | Tensor
+    """Of the batch's scored positions: a tensor [] where it may change from step to step."""
 
 
 class EagerStep:
@@ -42,30 +57,48 @@ class EagerStep:
     """
 
     def __init__(
-        self, model: LanguageModel, optimizer: torch.optim.Optimizer, place: Place, micro_size: int, clip: float | None
+        self,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        place: Place,
+        micro_size: int,
+        clip: float | None,
+        mode: str = "eager: as asked",
     ) -> None:
-        self.model, self.optimizer, self.place = model, optimizer, place
+        self.model, self.optimizer, self.place, self.mode = model, optimizer, place, mode
         self.micro_size, self.clip = micro_size, clip if clip is not None else float("inf")
 
     def __call__(self, batch: Batch, lr: float) -> StepOutput:
         """See `StepFunction`."""
+        # Rounded as a graph's learning rate is, which the GPU reads from a float32.
+        self.set_rate(struct.unpack("f", struct.pack("f", lr))[0])
+        pieces = (Piece(self.place.send(part), share) for part, share in split(batch, self.micro_size) if share > 0)
+        return self.compute(pieces)
+
+    def set_rate(self, lr: float | Tensor) -> None:
+        """Learning rate of the next update."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        scored = int((batch.targets != IGNORED).sum())
+
+    def compute(self, pieces: Iterable[Piece]) -> StepOutput:
+        """Forward and backward of every piece (on the device), then clipping and the update."""
         losses = []
-        for piece in map(Batch, batch.inputs.split(self.micro_size), batch.targets.split(self.micro_size)):
-            share = int((piece.targets != IGNORED).sum()) / scored
-            if share == 0:
-                continue
-            piece = self.place.send(piece)
+        for piece in pieces:
             with self.place.autocast():
-                loss = self.model.loss(piece.inputs, piece.targets) * share
-            loss.backward()
+                loss = self.model.loss(*piece.batch) * piece.share
+            loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return StepOutput(torch.stack(losses).sum(), norm)
+
+
+def split(batch: Batch, size: int) -> list[tuple[Batch, float]]:
+    """Parts of at most `size` sequences, each with its share of the batch's scored positions."""
+    scored = int((batch.targets != IGNORED).sum())
+    parts = map(Batch, batch.inputs.split(size), batch.targets.split(size))
+    return [(part, int((part.targets != IGNORED).sum()) / scored) for part in parts]
 
 
 class StepClock:

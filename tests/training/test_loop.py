@@ -46,7 +46,7 @@ def test_what_a_run_leaves_behind(small: Small, tmp_path: Path) -> None:
         *("parameters", "embedding_parameters", "flops_per_token", "state_bytes"),
     }
     assert set(result.tags) == {
-        *("seed", "spec", "data", "batches", "commit", "plugins", "device", "dtype", "implementations"),
+        *("seed", "spec", "data", "batches", "commit", "plugins", "device", "dtype", "implementations", "step"),
         *("host", "pid", "torch", "python"),
     }
     assert result.tags["implementations"].startswith("decay_attention=")
