@@ -77,6 +77,7 @@ def search(
     """
     if workers < 1:
         raise InputError(f"--workers {workers}: expected at least 1")
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "search.lock")
     if not lock.acquire(wait=False):
@@ -117,6 +118,8 @@ class _Search:
             device=device,
             threads=max(1, _cores() // workers),
             plugin_files=study.registry.files,
+            directory=Path.cwd(),
+            environment=dict(os.environ),
             train=train,
         )
         self.supervisor = Supervisor(self.job, workers, self.ledger)

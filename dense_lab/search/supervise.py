@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -145,42 +143,14 @@ class Supervisor:
 
 
 def _start(job: Job) -> _Worker:
-    context = multiprocessing.get_context("spawn")
+    # Forked from a server that has imported torch once, so that a worker is there at once, a successor included.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dense_lab.search.preload"])
     pipe, theirs = context.Pipe()
-    process = context.Process(target=main, args=(job, theirs), name=f"worker-{job.index}", daemon=False)
-    with _ignoring_interrupts(), _threads(job.threads):
-        process.start()
+    process = context.Process(target=main, args=(job, theirs), name=f"worker-{job.index}")
+    process.start()
     theirs.close()
     return _Worker(process, pipe)
-
-
-@contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """A process that is started here ignores Ctrl-C from its first instruction on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """A process that is started here finds these numbers of threads before it imports anything."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, str(count)))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _tell(pipe: Connection, word: str) -> None:

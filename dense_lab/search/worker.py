@@ -49,6 +49,9 @@ class Job:
     device: str
     threads: int
     plugin_files: tuple[Path, ...]
+    directory: Path
+    """Which relative paths start from."""
+    environment: dict[str, str]
     train: Train | None
     """None for `dense_lab.training.train`."""
 
@@ -63,6 +66,11 @@ def main(job: Job, parent: Connection) -> None:
 
     stop = Stop(parent)
     _redirect(job.folder / "logs" / f"worker-{job.index}.log")
+    # The server that this process was forked from keeps the folder and the environment it was once started in.
+    os.chdir(job.directory)
+    os.environ.clear()
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(job.threads))
+    os.environ.update(job.environment | threads)
     try:
         Worker(job, stop).run()
     # Not a trial's fault: the study or a plugin cannot be loaded, the machine lacks something. The parent says so.
@@ -74,8 +82,8 @@ def main(job: Job, parent: Connection) -> None:
 def _redirect(log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(descriptor, stream.fileno())
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
     os.close(descriptor)
 
 

@@ -5,6 +5,7 @@ import os
 import time
 from datetime import UTC, datetime
 
+from dense_lab.errors import MachineError
 from dense_lab.files import read_json, write_json
 from dense_lab.training.outcome import Evaluation, Pruned, TrialFailed
 
@@ -18,7 +19,7 @@ def train(spec, folder, *, device="auto", threads=1, on_evaluation=None, pause=0
         log.write(f"{folder.name} {os.getpid()}\n")
     started = datetime.now(UTC).isoformat()
     write_json(folder / "spec.json", {**spec.model_dump(mode="json"), "digest": spec.digest(), "plugins": {}})
-    begun, metrics, status, reason = time.perf_counter(), {}, "complete", ""
+    begun, metrics, ended = time.perf_counter(), {}, None
     lines = open(folder / "metrics.jsonl", "w")
     try:
         for step in range(1, STEPS + 1):
@@ -38,15 +39,16 @@ def train(spec, folder, *, device="auto", threads=1, on_evaluation=None, pause=0
                 raise RuntimeError("a component is broken")
             if on_evaluation is not None:
                 on_evaluation(Evaluation(step, line["tokens"], seconds, metrics))
+        ended = "complete", ""
     except Pruned as error:
-        status, reason = "pruned", str(error)
+        ended = "pruned", str(error)
     except TrialFailed as error:
-        status, reason = "failed", str(error)
+        ended = "failed", str(error)
         raise
     finally:
         lines.close()
-        if status != "complete" or step == STEPS and len(metrics):
-            write_json(folder / "result.json", result(status, reason, metrics, started))
+        if ended:
+            write_json(folder / "result.json", result(*ended, metrics, started))
 
 
 def slow(spec, folder, **options):
@@ -95,3 +97,8 @@ def calls(folder):
 
 def stored(folder, number):
     return read_json(folder / "trials" / f"{number:04d}" / "result.json")
+
+
+def lacking(spec, folder, **options):
+    """Finds that the machine is at fault."""
+    raise MachineError("no GPU here")

@@ -2,14 +2,14 @@
 
 import optuna
 import pytest
-from tests.search.helpers import CONTINUOUS, SIX, Here, study
-from tests.search.fakes import calls, stored, train
 
 from dense_lab.errors import InputError
 from dense_lab.files import read_json, write_json
 from dense_lab.results import read_study
 from dense_lab.search import ledger as book
 from dense_lab.search.owner import this_process
+from tests.search.fakes import calls, stored, train
+from tests.search.helpers import CONTINUOUS, SIX, Here, study
 
 DEAD = {"pid": 2**22 + 1, "started": 0.0}
 
