@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dense_lab.components import FusionSlot, PatternSlot, Spec, TransitionSlot
 from dense_lab.errors import InputError, did_you_mean
 from dense_lab.modules import Selected, Stream
+from dense_lab.norms import RMSNorm
 from dense_lab.units import Size
 
 
@@ -72,7 +73,7 @@ class DenseConnection(nn.Module):
         transition = spec.site_transitions.get(site.name, spec.transition)
         self.transition = transition.build(x_width, source_widths, site.width)
         self.fusion = spec.fusion.build(x_width, site.width, len(source_widths))
-        self.norm = nn.RMSNorm(site.width, eps) if spec.norm == "rmsnorm" else None
+        self.norm = RMSNorm(site.width, eps) if spec.norm == "rmsnorm" else None
 
     def forward(self, x: Tensor, own: Tensor, sources: Sequence[Tensor]) -> Tensor:
         """x [B, T, x_width] is the layer's input, own [B, T, W], sources [B, T, source width] each; gives [B, T, W]."""

@@ -19,6 +19,7 @@ from dense_lab.corpus import IGNORED
 from dense_lab.dense import DenseConnection, DenseSpec
 from dense_lab.errors import InputError
 from dense_lab.modules import CoreModule, State, Streams
+from dense_lab.norms import RMSNorm
 from dense_lab.units import Count, Fraction, Positive
 
 
@@ -87,7 +88,7 @@ class Block(nn.Module):
 
     def __init__(self, spec: BlockSpec, model: ModelSpec):
         super().__init__()
-        self.norm = nn.RMSNorm(model.width, model.norm_eps)
+        self.norm = RMSNorm(model.width, model.norm_eps)
         self.core: CoreModule = spec.core.build(model.width)
         self.dense = nn.ModuleDict()
         self.reads: dict[str, tuple[int, ...]] = {}
@@ -95,7 +96,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(model.dropout)
         ffn = (spec.ffn or model.ffn).build(model.width)
         self.ffn = ffn
-        self.ffn_norm = nn.RMSNorm(model.width, model.norm_eps) if ffn is not None else None
+        self.ffn_norm = RMSNorm(model.width, model.norm_eps) if ffn is not None else None
 
     def forward(self, x: Tensor, state: State, history: list[Streams]) -> tuple[Tensor, State, Streams]:
         """x [B, T, width] -> (x, state, the raw streams of this layer)."""
@@ -137,7 +138,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(layer, spec) for layer in layers)
         for index, layer in enumerate(layers):
             self._connect(index, layer.dense or spec.dense)
-        self.norm = nn.RMSNorm(spec.width, spec.norm_eps)
+        self.norm = RMSNorm(spec.width, spec.norm_eps)
         self.head = nn.Linear(spec.width, vocab_size, bias=False)
         if spec.head == "tied":
             self.head.weight = self.embedding.weight
@@ -184,13 +185,21 @@ class LanguageModel(nn.Module):
                 x, core_state, raw = block(x, state[index] if state else None, history)
                 history.append(raw if index in self._kept else {})
                 after.append(core_state)
-        return self.norm(x), tuple(after)
+            x = self.norm(x)
+        return x, tuple(after)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per scored position; targets [B, T], IGNORED where nothing is scored."""
-        logits = self.head(self.features(inputs)[0]).flatten(0, 1)
+        x, targets = self.features(inputs)[0].flatten(0, 1), targets.flatten()
+        fused = registries.default().operation("linear_cross_entropy")
+        if fused is not None:
+            with registries.default().kernel_session(self.kernels) as ran:
+                loss: Tensor = fused(x, self.head.weight, targets, ignored=IGNORED)
+            self.ran |= ran
+            return loss
+        logits = self.head(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
+        return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED)
 
     def initialise(self, seed: int) -> LanguageModel:
         """Draw every weight from a generator of its own, seeded by (seed, name of the module).

@@ -7,6 +7,7 @@ import torch
 
 from dense_lab.dense import DenseConnection, DenseSpec
 from dense_lab.modules import Stream
+from dense_lab.norms import RMSNorm
 from dense_lab_plugins.gates.mlp import MLPGate
 from tests.parity.golden import Golden, difference
 from tests.parity.test_dense_gau import DTYPES
@@ -20,11 +21,11 @@ def test_rms_norm(dtype: torch.dtype) -> None:
     """Forward and gradients, with and without weight."""
     golden = Golden("rmsnorm")
     x = golden["x"].to(dtype).requires_grad_()
-    norm = torch.nn.RMSNorm(x.shape[-1], golden.meta["eps"], dtype=dtype)
+    norm = RMSNorm(x.shape[-1], golden.meta["eps"]).to(dtype)
     norm.weight.data.copy_(golden["weight"])
     y = norm(x)
     y.backward(golden["dy"].to(dtype))
-    plain = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=golden.meta["eps"])
+    plain = RMSNorm(x.shape[-1], golden.meta["eps"], elementwise_affine=False)(x)
     got = {"y": y, "y_noaffine": plain, "dx": x.grad, "dweight": norm.weight.grad}
     for name, value in got.items():
         assert difference(value, golden[name]) < ROUNDING[dtype] * max(1, float(golden[name].abs().max())), name
@@ -50,3 +51,15 @@ def test_selective_transition(dtype: torch.dtype) -> None:
     for name, got in {"k_gate": gate, "k_fused": fused, "v_gate": v_gate}.items():
         expected = golden[name]
         assert difference(got, expected) < ROUNDING[dtype] * max(1, float(expected.abs().max())), name
+
+
+@pytest.mark.parametrize("elementwise_affine", [True, False])
+def test_rms_norm_gradients(elementwise_affine: bool) -> None:
+    """The CPU's own backward against central differences, and its forward against torch's."""
+    norm = RMSNorm(7, 1e-3, elementwise_affine=elementwise_affine).double()
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *_: norm(x), (x, *norm.parameters()))
+    expected = torch.nn.functional.rms_norm(x, (7,), norm.weight, norm.eps)
+    assert difference(norm(x), expected) < 1e-14

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from dense_lab.components import Core
 from dense_lab.modules import CoreModule, Streams
+from dense_lab.norms import RMSNorm
 from dense_lab.units import Count, Positive
+from dense_lab_plugins.cores.parts import in_parts
 from dense_lab_plugins.cores.retention import RetentionCore, RetentionState, check_heads
 
 
@@ -41,7 +43,7 @@ class GAURetNetModule(RetentionCore):
     """See GAURetNet."""
 
     def __init__(self, width: int, keys: int, values: int, heads: int, eps: float):
-        super().__init__(width, keys, values, heads, nn.RMSNorm(values // heads, eps))
+        super().__init__(width, keys, values, heads, RMSNorm(values // heads, eps))
         self.q_proj = nn.Linear(width, keys, bias=False)
         self.k_proj = nn.Linear(width, keys, bias=False)
         # Values first, then the gate.
@@ -50,5 +52,6 @@ class GAURetNetModule(RetentionCore):
     def project(self, x: Tensor, state: RetentionState | None) -> tuple[Streams, RetentionState | None]:
         """q, k (scaled), v and g of x [B, T, width], all after silu."""
         silu = nn.functional.silu
-        v, g = silu(self.hidden_proj(x)).chunk(2, -1)
-        return {"q": silu(self.q_proj(x)), "k": silu(self.k_proj(x)) * self.scale, "v": v, "g": g}, state
+        v, g = in_parts(self.hidden_proj, x, 2)
+        k = silu(self.k_proj(x)) * self.scale
+        return {"q": silu(self.q_proj(x)), "k": k, "v": silu(v), "g": silu(g)}, state

@@ -12,6 +12,7 @@ from dense_lab.components import Core
 from dense_lab.modules import CoreModule, Stream, Streams
 from dense_lab.units import Count, Positive
 from dense_lab_kernels import causal_conv1d, selective_scan
+from dense_lab_plugins.cores.parts import in_parts
 
 
 class Mamba(Core):
@@ -99,7 +100,7 @@ class MambaModule(CoreModule):
     def project(self, x: Tensor, state: MambaState | None) -> tuple[Streams, MambaState]:
         """u, dt (without its bias), B, C and z of x [B, T, width]; moves the convolution's state on."""
         before, ssm = state if state is not None else (None, None)
-        u, z = self.in_proj(x).chunk(2, -1)
+        u, z = in_parts(self.in_proj, x, 2)
         u, conv = causal_conv1d(u, self.conv_weight, self.conv_bias, activation="silu", initial_state=before)
         dt, b, c = self.x_proj(u).split(self.sizes, -1)
         # The scan adds the bias, so that it can keep dt in higher precision.

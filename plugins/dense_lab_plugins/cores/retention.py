@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dense_lab.errors import InputError
 from dense_lab.modules import CoreModule, Stream, Streams
+from dense_lab.norms import RMSNorm
 from dense_lab_kernels import decay_attention
 
 
@@ -34,7 +35,7 @@ class RetentionCore(CoreModule):
     Gives the streams q [H K], k [H K], v [H V], g [H V]; k and v are dense-able, as in DenseRetNet.
     """
 
-    def __init__(self, width: int, keys: int, values: int, heads: int, norm: nn.RMSNorm):
+    def __init__(self, width: int, keys: int, values: int, heads: int, norm: RMSNorm):
         """`keys` and `values` count all heads; `norm` acts on the V values of a head."""
         super().__init__()
         self.heads = heads

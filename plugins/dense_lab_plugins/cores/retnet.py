@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dense_lab.components import Core
 from dense_lab.modules import CoreModule, Streams
+from dense_lab.norms import RMSNorm
 from dense_lab.units import Count, Positive
 from dense_lab_plugins.cores.retention import RetentionCore, RetentionState, check_heads
 
@@ -38,7 +39,7 @@ class RetNetModule(RetentionCore):
     """See RetNet."""
 
     def __init__(self, width: int, values: int, heads: int, eps: float):
-        super().__init__(width, width, values, heads, nn.RMSNorm(values // heads, eps, elementwise_affine=False))
+        super().__init__(width, width, values, heads, RMSNorm(values // heads, eps, elementwise_affine=False))
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, values, bias=False)
