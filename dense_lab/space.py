@@ -78,7 +78,7 @@ class Study:
             except InputError as error:
                 found |= dict.fromkeys(error.problems)
         if found or spec is None:
-            raise InputError(found)
+            raise InputError(sorted(found, key=_line))
         study = replace(self, name=spec.name, search=spec.search, budget=spec.budget)
         if spec.search.sampler == "grid" and study.space:
             study.grid()
@@ -168,8 +168,9 @@ class Study:
                 if (text := model.model_dump_json()) in seen:
                     continue
                 seen.add(text)
-                if len(model.layers()) > DEEPEST:
-                    raise InputError(f"a model has at most {DEEPEST} blocks, got {len(model.layers())}")
+                depth = sum(block.repeat for block in model.blocks) if model.blocks else model.depth
+                if depth > DEEPEST:
+                    raise InputError(f"a model has at most {DEEPEST} blocks, got {depth}")
                 check_sizes(model, vocab_size=256)
             except InputError as error:
                 chosen = ", ".join(f"{path}={value}" for path, value in point.items() if path.startswith("model"))
@@ -225,6 +226,11 @@ class Study:
         while path and path not in nodes:
             path = path.rpartition(".")[0]
         return nodes[path].where if path in nodes else self.root.where
+
+
+def _line(problem: Problem) -> list[int]:
+    """Line and column, so that problems come in the order of the file."""
+    return [int(word) for word in problem.where.split(":")[-2:] if word.isdecimal()]
 
 
 def _lookup(params: Mapping[str, Any]) -> Callable[[Parameter], Any]:

@@ -86,6 +86,8 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(_text, value)) + "]"
     plain = number(value) if not isinstance(value, bool) else value
+    if isinstance(plain, float) and plain.is_integer():
+        plain = int(plain)
     return plain if isinstance(plain, str) else json.dumps(plain)
 
 

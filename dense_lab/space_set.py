@@ -73,10 +73,11 @@ class Draft:
         """Walk to the place that `path` names, making mappings on the way, and put `value` there."""
         at: At = ()
         node, shape = self.tree, ROOT
-        names = _DOT.split(path)
+        names, whole = _DOT.split(path), _DOT.split(path)
         while names:
-            node = self._opened(node, shape, at, flag)
-            step, shape = self._step(node, shape, names, at)
+            node = self._opened(node, shape, at)
+            said = ".".join(whole[: len(whole) - len(names)])
+            step, shape = self._step(node, shape, names, at, said)
             for key in step[:-1]:
                 at, node = (*at, key), node[key]
             last = step[-1]
@@ -89,7 +90,7 @@ class Draft:
                 self._forget((*at, last), flag)
             at, node = (*at, last), node[last]
 
-    def _opened(self, node: Any, shape: Shape, at: At, flag: str) -> Any:
+    def _opened(self, node: Any, shape: Shape, at: At) -> Any:
         """`node`, with a bare name turned into a mapping, so that keys may be put beside it."""
         if isinstance(node, dict) and node.get("choice") == "installed":
             node["choice"] = installed(shape, self.registry)
@@ -104,11 +105,11 @@ class Draft:
             parent = parent[key]
         parent[at[-1]] = value
 
-    def _step(self, node: Any, shape: Shape, names: list[str], at: At) -> tuple[At, Shape]:
+    def _step(self, node: Any, shape: Shape, names: list[str], at: At, said: str) -> tuple[At, Shape]:
         """Take names off the front of `names`; gives the keys that lead one place down, and its shape."""
         name = names.pop(0)
         if isinstance(node, dict) and isinstance(node.get("choice"), (list, dict)):
-            return ("choice", _option(node["choice"], shape, name, names)), shape
+            return ("choice", _option(node["choice"], shape, name, names, said)), shape
         if isinstance(node, list):
             return (_index(node, name),), shape.child(node, int(name), self.registry)
         if not isinstance(node, dict):
@@ -118,7 +119,7 @@ class Draft:
         kind = shape.kind(node)
         if name not in known and names and kind and re.split(r"\{", name)[0] == kind:
             # The name of the component that stands here may be said, as it must be below a choice.
-            return self._step(node, shape, names, at)
+            return self._step(node, shape, names, at, said)
         if spec is not None and name not in (*known, presets.KEY) and not name.startswith("x-"):
             owner = shape.name(node) or (str(at[-1]) if at else "a study")
             raise InputError(unknown_key(name, owner, known))
@@ -159,15 +160,14 @@ class Draft:
         self._values[at] = self._keys[at] = flag
 
 
-def _option(options: list[Any] | dict[str, Any], shape: Shape, name: str, below: list[str]) -> int | str:
+def _option(options: Any, shape: Shape, name: str, below: list[str], said: str) -> int | str:
     """The index or name of the option called `name`."""
     known = labels(options, shape)
     if name in known and below:
         found: int | str = keys(options)[known.index(name)]
         return found
-    asked = [name, *below] if name not in known else ["KEY"]
-    examples = " or ".join(".".join(["...", option, *asked]) for option in known)
-    raise InputError(f"a choice stands here: say below which option, such as {examples}")
+    examples = " or ".join(".".join([said, option, name, *below]) for option in known)
+    raise InputError(f"{said} is a choice: name one of its options, such as {examples}")
 
 
 def _index(items: list[Any], name: str) -> int:
