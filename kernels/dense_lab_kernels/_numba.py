@@ -17,34 +17,45 @@ from torch import Tensor
 
 _Loop = TypeVar("_Loop", bound=Callable[..., Any])
 
+# A product and a sum may be fused; nothing else is loosened, so sums keep their order and NaN its meaning. Without numba's
+# reference counts (_nrt), whose atomic instructions cost more than the arithmetic between them, a loop cannot allocate: it
+# gets its scratch memory from `run`.
+_OPTIONS = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy", "_nrt": False}
+
+
 def compiled(function: _Loop) -> _Loop:
     """Compile a loop on first call, run it without the interpreter lock; kept on disk where numba finds a folder."""
-    # A product and a sum may be fused; nothing else is loosened, so sums keep their order and NaN its meaning.
-    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)
+        return numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # numba finds no folder that it may write
-        return numba.njit(**options)(function)
+        return numba.njit(**_OPTIONS)(function)
+
+
+def inlined(function: _Loop) -> _Loop:
+    """Compile a part of a loop into the loops that call it."""
+    return numba.njit(forceinline=True, **_OPTIONS)(function)
 
 
 # Vector operations that are worth a thread of their own: some 100 microseconds.
 _SHARE = 20_000
 
 
-def run(loop: Callable[..., None], tasks: int, cost: int, *arguments: Any) -> None:
-    """Call `loop(*arguments, first, stop)` on equal shares of `tasks`, in up to as many threads as torch has; wait for all.
+def run(loop: Callable[..., None], tasks: int, cost: int, scratch: Tensor, *arguments: Any) -> None:
+    """Call `loop(*arguments, scratch, first, stop)` on equal shares of `tasks`; wait for all, raise what one raised.
 
-    cost: vector operations per task, roughly; little work stays in the calling thread. Tensors, alone or in tuples, are
-    passed as arrays. Raises what a share raised.
+    Shares run in up to as many threads as torch has. cost: vector operations per task, roughly; little work stays in
+    the calling thread. scratch: a tensor of the shape and dtype that each share gets uninitialised memory of. Tensors,
+    alone or in tuples, are passed as arrays.
     """
     arrays = [_array(x) for x in arguments]
     threads = max(1, min(torch.get_num_threads(), tasks, tasks * cost // _SHARE))
     cuts = [tasks * i // threads for i in range(threads + 1)]
+    own = torch.empty((threads, *scratch.shape), dtype=scratch.dtype).numpy()
     failures: list[BaseException] = []
 
     def share(i: int) -> None:
         try:
-            loop(*arrays, cuts[i], cuts[i + 1])
+            loop(*arrays, own[i], cuts[i], cuts[i + 1])
         except BaseException as error:  # handed to the caller below
             failures.append(error)
 

@@ -72,6 +72,29 @@ def store(typing_context: Any, array: Any, offset: Any, vector: Any) -> Any:
 
 
 @intrinsic
+def pick(typing_context: Any, array: Any, offset: Any) -> Any:
+    """The number at a flat offset of a contiguous array."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load(builder.gep(data, [arguments[1]]))
+
+    return array.dtype(array, types.intp), emit
+
+
+@intrinsic
+def put(typing_context: Any, array: Any, offset: Any, number: Any) -> Any:
+    """Write a number at a flat offset of a contiguous array."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        builder.store(arguments[2], builder.gep(data, [arguments[1]]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, array.dtype), emit
+
+
+@intrinsic
 def load_from(typing_context: Any, addresses: Any, index: Any, like: Any, offset: Any) -> Any:
     """The vector at a flat offset of the array at addresses[index] (int64), which has the dtype of the array `like`."""
 

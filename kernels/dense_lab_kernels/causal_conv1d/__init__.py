@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, triton_verdict
+from dense_lab_kernels._dispatch import choose, numba_verdict, triton_verdict
 from dense_lab_kernels.causal_conv1d import reference
 
 __all__ = ["CausalConv1dOutput", "causal_conv1d"]
@@ -41,7 +41,7 @@ def causal_conv1d(
 
     x: [B, T, D]. weight: [D, W], last tap = current token. bias: [D]. activation: applied to the result.
     initial_state: [B, D, W-1], the inputs before x, oldest first; None means zeros.
-    impl: "auto", "triton" (GPU) or "reference" (any device).
+    impl: "auto", "triton" (GPU), "numba" (CPU) or "reference" (any device).
 
     Differentiable with respect to every tensor; gradients flow from both results.
     Raises ValueError for shapes, dtypes or devices that do not fit; ImplementationError for an impl that cannot run.
@@ -51,6 +51,7 @@ def causal_conv1d(
     options = {"activation": activation, "initial_state": initial_state}
     verdicts = {
         "triton": triton_verdict(_OPERATION, impl, x.device, *arguments, **options),
+        "numba": numba_verdict(x.device),
         "reference": None,
     }
     match choose(_OPERATION, impl, verdicts):
@@ -58,6 +59,10 @@ def causal_conv1d(
             from dense_lab_kernels.causal_conv1d import triton
 
             run = triton.causal_conv1d
+        case "numba":
+            from dense_lab_kernels.causal_conv1d import cpu
+
+            run = cpu.causal_conv1d
         case _:
             run = reference.causal_conv1d
     return CausalConv1dOutput(*run(*arguments, **options))

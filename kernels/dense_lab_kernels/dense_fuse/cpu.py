@@ -62,7 +62,7 @@ class _Fuse(torch.autograd.Function):
         ctx.options = (activation == "silu", activation == "sigmoid")
         ctx.width, ctx.count = width, count
         given = (own, _addresses(others[:count]), _addresses(others[count:]), weight)
-        run(loops.forward, *_work(own, others), given, *ctx.options, eps, width, out, scales)
+        run(loops.forward, *_work(own, others), own[:0], given, *ctx.options, eps, width, out, scales)
         ctx.save_for_backward(scales, weight, own, *others)
         return out
 
@@ -77,7 +77,7 @@ class _Fuse(torch.autograd.Function):
         d_weight = weight.new_empty(tasks, own.shape[1])
         given = (own, _addresses(sources), _addresses(gates), weight)
         found = (d_own, d_reads, d_gates, d_weight)
-        run(loops.backward, tasks, cost, given, *ctx.options, ctx.width, scales, d_out.contiguous(), found)
+        run(loops.backward, tasks, cost, own[0], given, *ctx.options, ctx.width, scales, d_out.contiguous(), found)
         reads = d_reads.unbind(0) if gates else (d_own,)
         d_sources = reads if len(reads) == ctx.count else reads * ctx.count
         return None, None, None, None, d_weight.sum(0) if weight.numel() else None, d_own, *d_sources, *d_gates.unbind(0)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
-from dense_lab_kernels._numba import compiled
+from dense_lab_kernels._numba import compiled, inlined
 from dense_lab_kernels._vector import WIDTH, exp, load, load_from, spread, store, total
 
 ROWS = 32  # of a task
@@ -20,7 +18,7 @@ Array = Any
 Vector = Any
 
 
-@compiled
+@inlined
 def _activated(gate: Vector, silu: bool, sigmoid: bool, like: Array) -> tuple[Vector, Vector]:
     """act(gate) and its derivative."""
     zero, one = like.dtype.type(0), like.dtype.type(1)
@@ -32,7 +30,7 @@ def _activated(gate: Vector, silu: bool, sigmoid: bool, like: Array) -> tuple[Ve
     return gate * opened, opened * (one + gate * (one - opened))
 
 
-@compiled
+@inlined
 def _fused(own: Array, sources: Array, gates: Array, silu: bool, sigmoid: bool, at: int) -> Vector:
     """own + sum_i act(gate_i) source_i of WIDTH numbers from `at` on."""
     fused, read = load(own, at), load_from(sources, 0, own, at)
@@ -51,7 +49,16 @@ def _fused(own: Array, sources: Array, gates: Array, silu: bool, sigmoid: bool, 
 
 @compiled
 def forward(
-    inputs: Any, silu: bool, sigmoid: bool, eps: float, count: int, out: Array, scales: Array, first: int, stop: int
+    inputs: Any,
+    silu: bool,
+    sigmoid: bool,
+    eps: float,
+    count: int,
+    out: Array,
+    scales: Array,
+    scratch: Array,
+    first: int,
+    stop: int,
 ) -> None:
     """Tasks first..stop: fill out and, when there is a weight, scales [rows] = 1 / sqrt(sum(fused^2) / count + eps)."""
     own, sources, gates, weight = inputs
@@ -70,7 +77,7 @@ def forward(
             store(out, at, load(out, at) * scales[row] * load(weight, column))
 
 
-@compiled
+@inlined
 def _gates_back(inputs: Any, silu: bool, sigmoid: bool, at: int, d_fused: Vector, d_reads: Array, d_gates: Array) -> None:
     """From fused to what each gate lets through, d_reads, and to the gates; both [gates, rows, W]."""
     own, sources, gates, _ = inputs
@@ -86,23 +93,36 @@ def _gates_back(inputs: Any, silu: bool, sigmoid: bool, at: int, d_fused: Vector
 
 @compiled
 def backward(
-    inputs: Any, silu: bool, sigmoid: bool, count: int, scales: Array, d_out: Array, d: Any, first: int, stop: int
+    inputs: Any,
+    silu: bool,
+    sigmoid: bool,
+    count: int,
+    scales: Array,
+    d_out: Array,
+    d: Any,
+    scratch: Array,
+    first: int,
+    stop: int,
 ) -> None:
-    """Tasks first..stop: fill d = own, reads, gates, weight; d_weight [tasks, W] holds each task's share."""
+    """Tasks first..stop: fill d = own, reads, gates, weight; d_weight [tasks, W] holds each task's share.
+
+    scratch [W]: a row of normalised numbers.
+    """
     own, sources, gates, weight = inputs
     d_own, d_reads, d_gates, d_weight = d
     rows, width = own.shape
-    kept = np.empty(width, own.dtype)
+    zero = own.dtype.type(0)
     for task in range(first, stop):
-        d_weight[task] = 0
+        for column in range(0, d_weight.shape[1], WIDTH):
+            store(d_weight, task * width + column, spread(zero))
         for row in range(task * ROWS, min((task + 1) * ROWS, rows)):
-            along, scale = spread(own.dtype.type(0)), own.dtype.type(1)
+            along, scale = spread(zero), own.dtype.type(1)
             if weight.size:
                 scale = scales[row]
                 for column in range(0, width, WIDTH):
                     at = row * width + column
                     normal = _fused(own, sources, gates, silu, sigmoid, at) * scale
-                    store(kept, column, normal)
+                    store(scratch, column, normal)
                     along = along + normal * load(d_out, at) * load(weight, column)
             mean = own.dtype.type(total(along) / count)
             for column in range(0, width, WIDTH):
@@ -110,7 +130,7 @@ def backward(
                 d_fused = load(d_out, at)
                 if weight.size:
                     part = task * width + column
-                    normal = load(kept, column)
+                    normal = load(scratch, column)
                     store(d_weight, part, load(d_weight, part) + d_fused * normal)
                     d_fused = (d_fused * load(weight, column) - normal * mean) * scale
                 store(d_own, at, d_fused)

@@ -75,7 +75,7 @@ def selective_scan(
     y, last = _Scan.apply(
         stacked([s[0] for s in streams]),
         stacked(steps),
-        stacked([s[2].mT for s in streams]),
+        stacked([s[2].mT[None] for s in streams]),
         torch.stack([channel.share(s[3].to(dtype)) for s in streams]).contiguous(),
         channel.share(C.to(dtype)).contiguous(),
         stacked(list(gates)) if gates else zeros.new_zeros(0, 1, 1, 1),
@@ -114,14 +114,15 @@ class _Channels:
         return x.repeat_interleave(self.groups // x.shape[2], dim=2)
 
 
-def _work(u: Tensor, A: Tensor) -> tuple[int, int]:
-    """Tasks, and vector operations in each: one per token and state, some ten instructions."""
+def _work(u: Tensor, A: Tensor, slots: int) -> tuple[int, int, Tensor]:
+    """Tasks, steps of a vector in each, and the scratch memory of a thread."""
     _, batch, tokens, channels = u.shape
-    return batch * (channels // WIDTH), tokens * A.shape[0] * A.shape[1]
+    rows = A.shape[0] * A.shape[2]
+    return batch * (channels // WIDTH), tokens * rows, A.new_empty(slots * rows * WIDTH)
 
 
 class _Scan(torch.autograd.Function):
-    """Stacked, padded streams: u, dt [S, B, T, D], A [S, N, D], B [S, B, T, G, N], states [S, B, N, D]."""
+    """Stacked, padded streams: u, dt [S, B, T, D], A [S, 1, N, D], B [S, B, T, G, N], states [S, B, N, D]."""
 
     @staticmethod
     def forward(
@@ -142,7 +143,7 @@ class _Scan(torch.autograd.Function):
         segments = math.ceil(tokens / SEGMENT) if any(ctx.needs_input_grad) else 0
         saved = u.new_empty(segments, *start.shape)
         y, last = torch.empty_like(u[0]), torch.empty_like(start)
-        run(loops.forward, *_work(u, A), (u, dt, A, B, C, gates, D), z, start, carried, saved, y, last)
+        run(loops.forward, *_work(u, A, loops.FORWARD_SLOTS), (u, dt, A, B, C, gates, D), z, start, carried, saved, y, last)
         ctx.save_for_backward(u, dt, A, B, C, gates, D, z, saved)
         ctx.carried = carried
         return y, last
@@ -156,10 +157,10 @@ class _Scan(torch.autograd.Function):
         in_group = channels // WIDTH // C.shape[2]
         d_u, d_dt, d_gates, d_z = (torch.empty_like(x) for x in (u, dt, gates, z))
         d_start = torch.empty_like(saved[0])
-        d_A = A.new_empty(batch, *A.shape)
+        d_A = torch.empty_like(saved[0])
         d_B, d_C = B.new_empty(in_group, *B.shape), C.new_empty(in_group, *C.shape)
-        d_D = D.new_empty(batch, channels)
+        d_D = D.new_zeros(batch, channels)
         given = (u, dt, A, B, C, gates, D), z, saved, ctx.carried, d_y.contiguous(), d_last.contiguous()
         found = (d_u, d_dt, d_A, d_B, d_C, d_gates, d_D, d_z, d_start)
-        run(loops.backward, *_work(u, A), *given, found)
-        return d_u, d_dt, d_A.sum(0), d_B.sum(0), d_C.sum(0), d_gates, d_D.sum(0), d_z, d_start, None
+        run(loops.backward, *_work(u, A, loops.BACKWARD_SLOTS), *given, found)
+        return d_u, d_dt, d_A.sum(1, keepdim=True), d_B.sum(0), d_C.sum(0), d_gates, d_D.sum(0), d_z, d_start, None
