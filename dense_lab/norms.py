@@ -23,17 +23,19 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, width: int, eps: float, *, elementwise_affine: bool = True):
         super().__init__(width, eps, elementwise_affine)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """[..., width] -> [..., width], times silu(gate) when there is one."""
         plain = x.dtype in (torch.float32, torch.float64) and (self.weight is None or self.weight.dtype == x.dtype)
         if x.device.type == "cpu" and plain:
             normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
-            return normed
+            return normed if gate is None else nn.functional.silu(gate) * normed
         operation = registries.default().operation("rms_norm") if x.is_cuda else None
         if operation is None:
-            return super().forward(x)
+            normed = super().forward(x)
+            return normed if gate is None else nn.functional.silu(gate) * normed
         low = torch.is_autocast_enabled("cuda")  # The result is what the next product would round it to.
-        out: Tensor = operation(x, self.weight, eps=self.eps, dtype=torch.get_autocast_dtype("cuda") if low else x.dtype)
+        dtype = torch.get_autocast_dtype("cuda") if low else x.dtype
+        out: Tensor = operation(x, self.weight, gate, activation="silu", eps=self.eps, dtype=dtype)
         return out
 
 

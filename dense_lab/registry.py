@@ -121,6 +121,10 @@ class Registry:
         plugin.components.clear()
         self.presets = {name: preset for name, preset in self.presets.items() if preset.plugin is not plugin}
 
+    def operation(self, name: str) -> Callable[..., Any] | None:
+        """The operation called `name` of the first library that has one, or None."""
+        return next((getattr(library, name) for library in self.kernels if hasattr(library, name)), None)
+
     @contextmanager
     def kernel_session(self, implementations: Mapping[str, str]) -> Iterator[dict[str, str]]:
         """Run operations with the implementations asked for; yields `{operation: implementation that ran}`."""

@@ -7,6 +7,9 @@ from dense_lab_kernels._dispatch import ImplementationError, recording, using
 from dense_lab_kernels.causal_conv1d import causal_conv1d
 from dense_lab_kernels.decay_attention import decay_attention
 from dense_lab_kernels.dense_fuse import dense_fuse
+from dense_lab_kernels.linear_cross_entropy import linear_cross_entropy
+from dense_lab_kernels.rms_norm import rms_norm
+from dense_lab_kernels.rotate import rotate
 from dense_lab_kernels.selective_scan import selective_scan
 
 __all__ = [
@@ -14,7 +17,10 @@ __all__ = [
     "causal_conv1d",
     "decay_attention",
     "dense_fuse",
+    "linear_cross_entropy",
     "recording",
+    "rms_norm",
+    "rotate",
     "selective_scan",
     "using",
 ]

@@ -11,7 +11,8 @@ from torch import Tensor
 from dense_lab.interop import load_checkpoint
 from dense_lab.model import LanguageModel
 from dense_lab_plugins.cores import retention
-from dense_lab_plugins.cores.retention import RetentionState, rotate
+from dense_lab_kernels.rotate.reference import turn
+from dense_lab_plugins.cores.retention import RetentionState
 from tests.parity.checkpoints import their_names, write_dense_gau
 from tests.parity.golden import Golden, difference
 
@@ -29,8 +30,11 @@ def model(golden: Golden, tmp_path: Path) -> LanguageModel:
     return load_checkpoint(tmp_path)
 
 
-def official_parallel(q: Tensor, k: Tensor, v: Tensor, state: RetentionState | None) -> tuple[Tensor, None]:
+def official_parallel(
+    q: Tensor, k: Tensor, v: Tensor, state: RetentionState | None, query_activation: str
+) -> tuple[Tensor, None]:
     """The official parallel form, whose rows are also divided by clip(sum of |scores|, 1, 5e4), a constant backwards."""
+    q = torch.nn.functional.silu(q) if query_activation == "silu" else q
     tokens, heads = q.shape[1:3]
     time = torch.arange(tokens, dtype=torch.float64)
     log_gamma = torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=torch.float64))))
@@ -38,7 +42,7 @@ def official_parallel(q: Tensor, k: Tensor, v: Tensor, state: RetentionState | N
     fade = fade / fade.sum(-1, keepdim=True).sqrt()
     theta = 10000.0 ** -torch.linspace(0, 1, q.shape[-1] // 2, dtype=torch.float64)
     phasors = torch.polar(torch.ones(1, dtype=torch.float64), time[:, None, None] * theta)
-    q, k = (rotate(x.double(), phasors).transpose(1, 2) for x in (q, k))
+    q, k = (turn(x.double(), phasors).transpose(1, 2) for x in (q, k))
     scores = q @ k.mT * fade
     scores = scores / scores.detach().abs().sum(-1, keepdim=True).clamp(1, 5e4)
     return (scores @ v.double().transpose(1, 2)).transpose(1, 2).to(v.dtype), None
@@ -70,7 +74,7 @@ def test_state(golden: Golden, model: LanguageModel, dtype: torch.dtype) -> None
     # Keys at position t instead of t - 1: one more step of the rotation.
     step = torch.polar(torch.ones(1, dtype=torch.float64), 10000.0 ** -torch.linspace(0, 1, 8, dtype=torch.float64))
     official = golden["rec_state_last_layer0"].double().permute(0, 1, 3, 2) * scale  # [B, H, K, V]
-    turned = rotate(official.mT, step).mT
+    turned = turn(official.mT, step).mT
     assert difference(state.matrix, turned) < golden.tolerance(golden["rec_state_last_layer0"], dtype, "f32_recurrent") * 10
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dense_lab.model import LanguageModel, ModelSpec
 from dense_lab.modules import CoreModule
+from dense_lab_kernels import rotate
 from dense_lab_plugins.cores import retention
-from dense_lab_plugins.cores.retention import rotate
 from dense_lab_plugins.cores.retnet import RetNet
 from tests.parity.golden import Golden, difference
 from tests.parity.test_dense_gau import DTYPES, official_parallel
@@ -71,8 +71,7 @@ def test_rotated_queries_and_keys(layer: Golden, dtype: torch.dtype) -> None:
     with torch.no_grad():
         streams, _ = core.project(layer["x"].to(dtype), None)
     q, k = (streams[name].unflatten(-1, (core.heads, -1)) for name in ("q", "k"))
-    tables = retention._tables_for(q, None)
-    for got, name in ((rotate(q, tables.key), "qr"), (rotate(k, tables.key), "kr")):
+    for got, name in ((rotate(q), "qr"), (rotate(k), "kr")):
         expected = layer[name].transpose(1, 2)
         assert difference(got, expected) < layer.tolerance(expected, dtype, "f32_par"), name
 
@@ -157,15 +156,18 @@ def test_rotation(dtype: torch.dtype) -> None:
     """The rotation alone, its gradient, the decay mask and the normaliser of the rows."""
     golden = Golden("retnet_rotation")
     x = golden["x"].transpose(1, 2).to(dtype).requires_grad_()  # [B, L, H, K]
-    tables = retention._tables_for(x, None)
-    y = rotate(x, tables.key)
+    y = rotate(x)
     y.backward(golden["dy"].transpose(1, 2).to(dtype))
     for got, name in ((y, "y"), (x.grad, "dx")):
         expected = golden[name].transpose(1, 2)
         assert difference(got, expected) < golden.tolerance(expected, dtype, "f32_sin"), name
 
-    assert difference(tables.log_decay, golden["log_decay"]) < golden.tolerance(golden["log_decay"], dtype, "f32_mask")
+    log_decay = retention.log_decay(x.shape[2], x.device, dtype)
+    assert difference(log_decay, golden["log_decay"]) < golden.tolerance(golden["log_decay"], dtype, "f32_mask")
     time = torch.arange(x.shape[1], dtype=dtype)
-    fade = torch.exp((time[:, None] - time) * tables.log_decay[:, None, None]).tril()
-    mask = fade * tables.query.abs()[:, :, 0].T[..., None]
+    fade = torch.exp((time[:, None] - time) * log_decay[:, None, None]).tril()
+    # The length of a rotated unit vector is the normaliser of its row.
+    unit = torch.zeros_like(x)
+    unit[..., 0] = 1
+    mask = fade * rotate(unit, normaliser="retention").norm(dim=-1)[0].T[..., None]
     assert difference(mask, golden["mask"]) < golden.tolerance(golden["mask"], dtype, "f32_mask")

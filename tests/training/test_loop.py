@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dense_lab.errors import InputError, MachineError
 from dense_lab.study import RunSpec
 from dense_lab.training import Evaluation, Pruned, TrialFailed, loop, train
+from dense_lab.training.step import EagerStep
 
 Small = Callable[..., RunSpec]
 TIMES = {"seconds", "step_seconds", "tokens_per_second", "peak_memory_bytes"}
@@ -155,13 +156,13 @@ def test_a_loss_that_is_no_number(small: Small, tmp_path: Path) -> None:
 def test_whatever_a_component_does_is_a_failed_trial(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
-    class Broken(loop.EagerStep):
+    class Broken(EagerStep):
         def __call__(self, batch, lr):
             if lr < 2e-3:
                 raise error
             return super().__call__(batch, lr)
 
-    monkeypatch.setattr(loop, "EagerStep", Broken)
+    monkeypatch.setattr(loop, "build_step", Broken)
     with pytest.raises(TrialFailed, match=f"{said}.*last good step 9"):
         train(small({"train.warmup": 0}), tmp_path / "run", **CPU)
     stored = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -42,6 +42,8 @@ class GAURetNet(Core):
 class GAURetNetModule(RetentionCore):
     """See GAURetNet."""
 
+    query_activation = "silu"
+
     def __init__(self, width: int, keys: int, values: int, heads: int, eps: float):
         super().__init__(width, keys, values, heads, RMSNorm(values // heads, eps))
         self.q_proj = nn.Linear(width, keys, bias=False)
@@ -50,8 +52,7 @@ class GAURetNetModule(RetentionCore):
         self.hidden_proj = nn.Linear(width, 2 * values, bias=False)
 
     def project(self, x: Tensor, state: RetentionState | None) -> tuple[Streams, RetentionState | None]:
-        """q, k (scaled), v and g of x [B, T, width], all after silu."""
+        """k (scaled) and v of x [B, T, width] after silu; q and g before it, since the other half applies it."""
         silu = nn.functional.silu
         v, g = in_parts(self.hidden_proj, x, 2)
-        k = silu(self.k_proj(x)) * self.scale
-        return {"q": silu(self.q_proj(x)), "k": k, "v": silu(v), "g": silu(g)}, state
+        return {"q": self.q_proj(x), "k": silu(self.k_proj(x)) * self.scale, "v": silu(v), "g": g}, state

@@ -46,6 +46,6 @@ class RetNetModule(RetentionCore):
         self.g_proj = nn.Linear(width, values, bias=False)
 
     def project(self, x: Tensor, state: RetentionState | None) -> tuple[Streams, RetentionState | None]:
-        """q, k (scaled), v and silu(g) of x [B, T, width]."""
-        g = nn.functional.silu(self.g_proj(x))
-        return {"q": self.q_proj(x), "k": self.k_proj(x) * self.scale, "v": self.v_proj(x), "g": g}, state
+        """q, k (scaled), v and g (before silu) of x [B, T, width]."""
+        k = self.k_proj(x) * self.scale
+        return {"q": self.q_proj(x), "k": k, "v": self.v_proj(x), "g": self.g_proj(x)}, state
