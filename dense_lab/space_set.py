@@ -142,6 +142,7 @@ class Draft:
                 # One option is left; by its name its label still enters the paths below it.
                 self._move((*at, "choice", by_label[name]), (*at, "choice", name))
                 old["choice"] = {name: options[by_label[name]]}
+                self._values[at] = self._keys[at] = flag
                 return
         node[last] = value
         self._forget(at, flag)
