@@ -72,7 +72,7 @@ def label(value: Any, shape: Shape, with_keys: bool) -> str:
     if is_open(value):
         return "|".join(f"{key}={_text(item)}" for key, item in sorted(value.items()))
     if isinstance(value, dict):
-        kind = shape.kind(value) or value.get("kind")
+        kind = shape.kind(value) or _text(value.get("kind", ""))
         kept = {key: item for key, item in value.items() if key != "kind" and not key.startswith("x-")}
         if kind and not (with_keys and kept):
             return kind

@@ -6,6 +6,7 @@ something far from where it stands (anchors, merge keys, tags, directives, sever
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,7 @@ def load(path: Path) -> Document:
 def parse(text: str, name: str, where: str | None = None) -> Document:
     """Parse one YAML value; problems and values are placed at `name:line:column`, or all at `where` if it is given."""
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
     from ruamel.yaml.reader import ReaderError
 
     def place(line: int, column: int) -> str:
@@ -65,7 +66,8 @@ def parse(text: str, name: str, where: str | None = None) -> Document:
     yaml = YAML(typ="safe", pure=True)
     try:
         _refuse_directives(text, place)
-        node = yaml.compose(text)
+        with warnings.catch_warnings(category=ReusedAnchorWarning, action="ignore"):
+            node = yaml.compose(text)
     except ReaderError as error:
         before = text[: error.position]
         line, column = before.count("\n"), len(before) - before.rfind("\n") - 1

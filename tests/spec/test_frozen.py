@@ -89,7 +89,7 @@ def test_the_remedy_works(tmp_path: Path, manifest: dict[str, Any]) -> None:
 def test_another_version_of_a_plugin_makes_other_trials(tmp_path: Path, manifest: dict[str, Any]) -> None:
     assert set(manifest["plugins"]) == {"builtin"}
     manifest["plugins"]["builtin"] = "0.0.1"
-    with pytest.raises(InputError, match="plugin builtin: 0.0.1 when study 'dense-span' began"):
+    with pytest.raises(InputError, match=r"plugin builtin: 0\.0\.1 when study 'dense-span' began"):
         study(tmp_path).check_frozen(manifest)
 
 
