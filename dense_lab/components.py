@@ -47,7 +47,7 @@ class Component(Spec):
     @classmethod
     def summary(cls) -> str:
         """First paragraph of the docstring, on one line."""
-        return " ".join(inspect.getdoc(cls).split("\n\n")[0].split()) if cls.__doc__ else ""
+        return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
 
 
 class Core(Component):

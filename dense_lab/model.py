@@ -6,7 +6,7 @@ Letters: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -126,6 +126,8 @@ class LanguageModelOutput(NamedTuple):
 class LanguageModel(nn.Module):
     """Token embedding, blocks, norm, head. `model(ids) -> logits [B, T, V]`; `model.step` decodes."""
 
+    blocks: Sequence[Block]
+
     def __init__(self, spec: ModelSpec, vocab_size: int):
         super().__init__()
         self.spec, self.vocab_size = spec, vocab_size
@@ -135,7 +137,7 @@ class LanguageModel(nn.Module):
         weight = torch.empty(vocab_size, spec.width).uniform_(-0.03, 0.03)
         self.embedding = nn.Embedding(vocab_size, spec.width, _weight=weight)
         layers = spec.layers()
-        self.blocks = nn.ModuleList(Block(layer, spec) for layer in layers)
+        self.blocks = nn.ModuleList(Block(layer, spec) for layer in layers)  # type: ignore[assignment]
         for index, layer in enumerate(layers):
             self._connect(index, layer.dense or spec.dense)
         self.norm = RMSNorm(spec.width, spec.norm_eps)
@@ -174,6 +176,12 @@ class LanguageModel(nn.Module):
         """One token [B] -> logits [B, V] and the next state: decoding."""
         logits, state = self.run(token[:, None], state)
         return LanguageModelOutput(logits[:, 0], state)
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
+        """New tokens [B, max_new_tokens] behind prompts [B, T]; see `dense_lab.generation.generate`."""
+        from dense_lab.generation import generate
+
+        return generate(self, input_ids, max_new_tokens, **sampling)
 
     def features(self, input_ids: Tensor, state: tuple[State, ...] | None = None) -> tuple[Tensor, tuple[State, ...]]:
         """Normalised hidden states [B, T, width] that the head reads, and the state."""

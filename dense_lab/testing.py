@@ -72,7 +72,9 @@ class ComponentTests:
 
     def test_every_field_is_documented(self, component: Component) -> None:
         """`dense-lab components KIND` shows a sentence for each field."""
-        silent = [name for name, field in type(component).model_fields.items() if name != "kind" and not field.description]
+        silent = [
+            name for name, field in type(component).model_fields.items() if name != "kind" and not field.description
+        ]
         assert not silent, f"put a string under these fields: {silent}"
 
     def test_round_trips_through_json(self, component: Component) -> None:
@@ -95,7 +97,8 @@ class CoreTests(ComponentTests):
     @pytest.fixture
     def core(self, component: Core) -> CoreModule:
         """The built module in fp64."""
-        return seeded(component.build(self.width))
+        core: CoreModule = seeded(component.build(self.width))
+        return core
 
     @pytest.fixture
     def x(self) -> Tensor:
@@ -145,7 +148,7 @@ class CoreTests(ComponentTests):
         names = [name for name, _ in core.named_parameters()]
 
         def outputs(x: Tensor, *parameters: Tensor) -> Tensor:
-            y, _ = torch.func.functional_call(core, dict(zip(names, parameters, strict=True)), (x,))
+            y: Tensor = torch.func.functional_call(core, dict(zip(names, parameters, strict=True)), (x,))[0]
             return y
 
         inputs = (x, *(p.detach().clone().requires_grad_() for p in core.parameters()))

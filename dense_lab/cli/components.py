@@ -21,7 +21,9 @@ def command(slot: str | None, kind: str | None, as_json: bool) -> None:
 
     registry = registries.default()
     if slot is not None and slot not in registry.slots():
-        raise InputError(f"no slot {slot!r}.{did_you_mean(slot, registry.slots())} Slots: {', '.join(registry.slots())}")
+        raise InputError(
+            f"no slot {slot!r}.{did_you_mean(slot, registry.slots())} Slots: {', '.join(registry.slots())}"
+        )
     if slot is not None and kind is not None:
         _print_one(slot, kind, as_json)
         return

@@ -9,7 +9,8 @@ import click
 from dense_lab.cli import options
 
 TEMPLATE = """\
-# A study: which core, and which dense connection, at this budget?  `dense-lab check {name}.yaml` says whether it is valid.
+# A study: which core, and which dense connection, at this budget?
+# `dense-lab check {name}.yaml` says whether it is valid, `dense-lab show {name}.yaml` what it means.
 dense_lab: 1
 name: {name}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,9 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live:
             self._live.stop()
 
@@ -45,7 +48,9 @@ class Display:
 
     def _line(self, progress: Progress) -> str:
         parts = [f"{progress.finished}/{progress.total} trials"]
-        parts += [f"{progress.pruned} pruned"] * bool(progress.pruned) + [f"{progress.failed} failed"] * bool(progress.failed)
+        parts += [f"{progress.pruned} pruned"] * bool(progress.pruned) + [f"{progress.failed} failed"] * bool(
+            progress.failed
+        )
         if progress.best:
             parts.append(f"best {self.metric} {progress.best.metrics[self.metric]:.4f} (trial {progress.best.number})")
         if progress.seconds_left:
@@ -54,7 +59,9 @@ class Display:
 
     def _picture(self, progress: Progress) -> RenderableType:
         head = Table.grid(padding=(0, 1))
-        head.add_row(ProgressBar(total=max(1, progress.total), completed=progress.finished, width=32), self._line(progress))
+        head.add_row(
+            ProgressBar(total=max(1, progress.total), completed=progress.finished, width=32), self._line(progress)
+        )
         table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
         for column in ("trial", "done", "loss", "tokens/s", "what"):
             table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True, overflow="ellipsis")
@@ -66,19 +73,29 @@ class Display:
                 "" if one.tokens_per_second is None else human(one.tokens_per_second),
                 short(one.trial),
             )
-        best = Text(f"best: {short(progress.best)}" if progress.best else "", style="green", overflow="ellipsis", no_wrap=True)
+        best = Text(
+            f"best: {short(progress.best)}" if progress.best else "", style="green", overflow="ellipsis", no_wrap=True
+        )
         return Group(head, table, best)
 
 
 def short(trial: TrialView) -> str:
-    """A trial's parameters in one line, by the last words of their paths."""
-    if trial.label:
-        return trial.label
-    return ", ".join(f"{_tail(path)}={_value(value)}" for path, value in trial.params.items())
+    """A trial in one line: its label, or `retnet heads=4, densessm span=2 gate=mlp, lr=0.0077`."""
+    return trial.label or brief(trial.params)
 
 
-def _tail(path: str) -> str:
-    return path.removeprefix("model.").removeprefix("train.")
+def brief(params: Mapping[str, object]) -> str:
+    """Parameters in one line; what belongs to a component follows its name."""
+    words: dict[str, list[str]] = {}
+    for path, value in params.items():
+        owner = next((known for known in words if path.startswith(f"{known}.")), path)
+        word = (
+            _value(value)
+            if path.count(".") == 1 and path.startswith("model.")
+            else f"{path.split('.')[-1]}={_value(value)}"
+        )
+        words.setdefault(owner, []).append(word)
+    return ", ".join(" ".join(group) for group in words.values())
 
 
 def _value(value: object) -> str:

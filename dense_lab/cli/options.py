@@ -67,10 +67,12 @@ def study_folder(study: Path, runs: Path) -> Path:
 
 
 def console() -> Console:
-    """Where text goes."""
+    """Where text goes; a pipe or a file has no edge to wrap at, so it is given a wide one."""
+    import sys
+
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def print_json(value: Any) -> None:

@@ -13,7 +13,7 @@ from dense_lab.cli import options
 if TYPE_CHECKING:
     from dense_lab.space import Parameter, Study
 
-EFFICIENCY = 0.1
+EFFICIENCY = 0.2
 """Part of the matrix-product rate that small models reach in training: an order of magnitude, not a promise."""
 
 
@@ -24,7 +24,7 @@ EFFICIENCY = 0.1
 def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """What STUDY.yaml means: its open values, and the size of the architectures they give. Trains nothing.
 
-    Each option of each choice is sized once, the others at their first option, on the meta device.
+    Every option of every choice occurs in one of the architectures sized, on the meta device.
     """
     loaded = options.load_study(study, overrides)
     rows = [_sized(loaded, label, params) for label, params in _corners(loaded)]
@@ -40,10 +40,16 @@ def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     _print_space(loaded)
     columns = ("architecture", "parameters", "without embedding", "FLOPs/token", "state bytes")
     cells = (
-        (r["label"], human(r["parameters"]), human(r["non_embedding"]), human(r["flops_per_token"]), human(r["state_bytes"]))
+        (
+            r["label"],
+            human(r["parameters"]),
+            human(r["non_embedding"]),
+            human(r["flops_per_token"]),
+            human(r["state_bytes"]),
+        )
         for r in rows
     )
-    options.print_table("Architectures (others at their first option)", columns, cells, right=columns[1:])
+    options.print_table("Architectures that between them meet every option", columns, cells, right=columns[1:])
     trials = loaded.search.trials if loaded.space else 1
     options.console().print(
         f"{trials} trials of {human(rows[0]['tokens'])} tokens: roughly {duration(seconds)} on this machine's "
@@ -52,14 +58,12 @@ def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def _corners(study: Study) -> list[tuple[str, dict[str, Any]]]:
-    """(label, values of the choices) of the first point and of each other option once."""
+    """(label, values of the choices) of few points that meet every option."""
     if not study.space:
         return [(study.name, {})]
-    found: list[tuple[str, dict[str, Any]]] = []
-    for point in study.covering():
-        label = ", ".join(f"{path.split('.')[-1]}={value}" for path, value in point.items())
-        found.append((label, point))
-    return found
+    from dense_lab.cli.live import brief
+
+    return [(brief(point), point) for point in study.covering()]
 
 
 def _sized(study: Study, label: str, params: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def _seconds(rows: list[dict[str, Any]], study: Study) -> float:
     """Of the whole study: forward and backward are 3 x the forward FLOPs, at EFFICIENCY of the measured rate."""
     rate = _matrix_rate() * EFFICIENCY
     mean = sum(3 * row["flops_per_token"] * row["tokens"] for row in rows) / len(rows)
-    return mean / rate * (study.search.trials if study.space else 1)
+    return float(mean / rate * (study.search.trials if study.space else 1))
 
 
 def _matrix_rate() -> float:
@@ -95,16 +99,16 @@ def _matrix_rate() -> float:
         start = time.perf_counter()
         a @ a
         times.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(times)
+    return 2.0 * 1024**3 / min(times)
 
 
 def _print_space(study: Study) -> None:
     if not study.space:
         options.console().print(f"{study.name}: a single run")
         return
-    size = study.size()
+    size = f"{study.size()} points" if study.size() else "continuous"
     options.print_table(
-        f"{study.name}: {f'{size} points' if size else 'continuous'}, {study.search.trials} trials by {study.search.sampler}",
+        f"{study.name}: {size}, {study.search.trials} trials by {study.search.sampler}",
         ("open value", "options"),
         ((parameter.path, _options(parameter)) for parameter in study.space),
     )

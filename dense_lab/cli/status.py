@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -50,14 +50,15 @@ def _all(runs: Path, as_json: bool) -> None:
 
 
 def _summary(results: StudyResults) -> dict[str, Any]:
-    states = ("complete", "pruned", "failed", "running", "interrupted")
+    from dense_lab.results import State
+
     best = results.best
     return {
         "name": results.name,
         "folder": str(results.folder),
         "digest": results.digest,
         "total": results.total,
-        **{state: len(results.having(state)) for state in states},
+        **{state: len(results.having(state)) for state in get_args(State)},
         "best": _as_dict(best) if best else None,
     }
 
@@ -65,7 +66,8 @@ def _summary(results: StudyResults) -> dict[str, Any]:
 def _sentence(results: StudyResults) -> str:
     counts = _summary(results)
     states = ", ".join(f"{counts[s]} {s}" for s in ("pruned", "failed", "running", "interrupted") if counts[s])
-    text = f"{results.name}: {counts['complete']} of {results.total} trials complete" + (f", {states}" if states else "")
+    text = f"{results.name}: {counts['complete']} of {results.total} trials complete"
+    text += f", {states}" if states else ""
     if results.best:
         metric = results.goals[0].metric
         text += f"; best {metric} {results.best.metrics[metric]:.4f} (trial {results.best.number})"

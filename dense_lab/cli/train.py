@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the run [runs/NAME/single].")
 @options.runs
 @options.as_json
-def command(
-    study: Path, overrides: tuple[str, ...], device: str, out: Path | None, runs: Path, as_json: bool
-) -> None:
+def command(study: Path, overrides: tuple[str, ...], device: str, out: Path | None, runs: Path, as_json: bool) -> None:
     """Train the one run that STUDY.yaml describes; run it again to go on after an interruption.
 
     Open values must be closed with --set. Use `search` for studies.

@@ -21,8 +21,14 @@ def all_plots(results: StudyResults) -> dict[str, tuple[str, str]]:
     metric = results.goals[0].metric
     plots = {
         "curves": (f"Validation loss while training; the best {HIGHLIGHTED} in colour.", _curves(results)),
-        "speed": (f"{metric} against training speed.", _scatter(results, "tokens_per_second", "training tokens per second")),
-        "state": (f"{metric} against the recurrent state of one sequence.", _scatter(results, "state_bytes", "state, bytes")),
+        "speed": (
+            f"{metric} against training speed.",
+            _scatter(results, "tokens_per_second", "training tokens per second"),
+        ),
+        "state": (
+            f"{metric} against the recurrent state of one sequence.",
+            _scatter(results, "state_bytes", "state, bytes"),
+        ),
         "parameters": (f"{metric} against the number of parameters.", _scatter(results, "parameters", "parameters")),
         "importance": ("Share of the objective's variance explained by each parameter (fANOVA).", _importance(results)),
         "effects": (f"{metric} by option of each choice; a dot is a trial, the bar the median.", _effects(results)),
@@ -36,7 +42,7 @@ def _draw(width: float, height: float, paint: Callable[[Any], None]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    look = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False}
+    look: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False}
     with rc_context({**look, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "svg.hashsalt": "0"}):
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure)
@@ -148,7 +154,9 @@ def _effects(results: StudyResults) -> str:
             colour = COLOURS[list(groups).index(path) % len(COLOURS)]
             axes.scatter(values, [height] * len(values), color=colour, s=22, alpha=0.6, linewidths=0)
             axes.plot([statistics.median(values)] * 2, [height - 0.35, height + 0.35], color=colour, linewidth=2.2)
-        axes.set_yticks(range(len(rows)), [f"{path.removeprefix('model.')} = {option}" for path, option in reversed(rows)])
+        axes.set_yticks(
+            range(len(rows)), [f"{path.removeprefix('model.')} = {option}" for path, option in reversed(rows)]
+        )
         axes.set(xlabel=metric, ylim=(-0.6, len(rows) - 0.4))
 
     return _draw(7.2, 0.9 + 0.27 * len(rows), paint)

@@ -59,11 +59,15 @@ def effects(results: StudyResults) -> Table:
     rows = []
     for path, options in groups.items():
         for option, trials in sorted(options.items()):
-            values = sorted((sign * t.metrics[metric] for t in trials))
+            values = sorted(sign * t.metrics[metric] for t in trials)
             best, median = sign * values[0], sign * statistics.median(values)
             rows.append((path, option, str(len(trials)), metric_text(metric, best), metric_text(metric, median)))
-    note = "Trials of a search are not paired: other choices differ between the rows, and a sampler favours what it likes."
-    return Table("Effect of each choice", ("choice", "option", "trials", f"best {metric}", f"median {metric}"), tuple(rows), note)
+    note = (
+        "Trials of a search are not paired: other choices differ between the rows, and a sampler favours what it likes."
+    )
+    return Table(
+        "Effect of each choice", ("choice", "option", "trials", f"best {metric}", f"median {metric}"), tuple(rows), note
+    )
 
 
 def by_option(results: StudyResults) -> dict[str, dict[str, list[TrialView]]]:
@@ -95,7 +99,9 @@ def importance(results: StudyResults) -> dict[str, float]:
     for trial in trials:
         params = {path: _present(trial.params.get(path), space[path]) for path in varied}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=trial.metrics[metric]))
-    found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
+    found = optuna.importance.get_param_importances(
+        study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
+    )
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 

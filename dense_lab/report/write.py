@@ -63,7 +63,10 @@ def summary(results: StudyResults) -> str:
     if best is None:
         return f"{done}."
     metric = results.goals[0].metric
-    what = ", ".join(f"{path} = {value:.3g}" if isinstance(value, float) else f"{path} = {value}" for path, value in best.params.items())
+    what = ", ".join(
+        f"{path} = {value:.3g}" if isinstance(value, float) else f"{path} = {value}"
+        for path, value in best.params.items()
+    )
     return f"{done}. Best {metric}: {tables.metric_text(metric, best.metrics[metric])}, trial {best.number} ({what})."
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor, nn
+
 from dense_lab.components import Core
 from dense_lab.errors import InputError
 from dense_lab.hookspecs import hookimpl
 from dense_lab.modules import CoreModule, Stream, Streams
 from dense_lab.registry import Registrar
 from dense_lab.units import Count
-from torch import Tensor, nn
 
 CHUNK = 16
 

@@ -19,10 +19,7 @@ def covering(factors: Factors) -> list[dict[str, Any]]:
     """Greedy: each row starts from a pair not yet covered and takes, factor by factor, what covers most new pairs."""
     names = list(factors)
     open_pairs = {
-        (a, i, b, j)
-        for a, b in combinations(names, 2)
-        for i in range(len(factors[a]))
-        for j in range(len(factors[b]))
+        (a, i, b, j) for a, b in combinations(names, 2) for i in range(len(factors[a])) for j in range(len(factors[b]))
     }
     rows = []
     while open_pairs:
@@ -31,7 +28,8 @@ def covering(factors: Factors) -> list[dict[str, Any]]:
         for name in names:
             if name not in row:
                 row[name] = max(
-                    range(len(factors[name])), key=lambda k: sum(p in open_pairs for p in _pairs(names, {**row, name: k}))
+                    range(len(factors[name])),
+                    key=lambda k: sum(p in open_pairs for p in _pairs(names, {**row, name: k})),
                 )
         open_pairs -= set(_pairs(names, row))
         rows.append({name: factors[name][row[name]] for name in names})

@@ -22,7 +22,9 @@ NEEDS_FILES = {"text", "huggingface"}
 
 def _builtin(slot: str) -> list[type[Component]]:
     kinds = registry.default().kinds(slot)
-    return [registry.default().find(slot, kind) for kind in kinds if registry.default().owner(slot, kind).name == "builtin"]
+    return [
+        registry.default().find(slot, kind) for kind in kinds if registry.default().owner(slot, kind).name == "builtin"
+    ]
 
 
 def _variants(slot: str) -> list[Component]:

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dense_lab_gla import GLA, gated_linear_attention
+
 from dense_lab.model import ModelSpec
 from dense_lab.testing import CoreTests, relative_difference
-from dense_lab_gla import GLA, gated_linear_attention
 
 
 class TestGLA(CoreTests):
