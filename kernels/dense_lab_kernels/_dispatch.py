@@ -1,8 +1,8 @@
 """Who computes an operation: explicit, recorded, never a silent fallback.
 
-The name of an operation fixes its mathematics. An *implementation* ("reference", "chunked", "numba", "triton", ...) only
-says who computes it. Each operation calls `choose` once per call with what every implementation has to say about the
-arguments at hand: `None` if it can run, else the sentence that says why not.
+The name of an operation fixes its mathematics. An *implementation* ("reference", "chunked", "numba", "triton", ...)
+only says who computes it. Each operation calls `choose` once per call with what every implementation has to say about
+the arguments at hand: `None` if it can run, else the sentence that says why not.
 
 Precedence: the `impl=` argument, then the innermost `using(...)` block, then "auto".
 """
@@ -16,14 +16,16 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 AUTO = "auto"
 
-_requested: ContextVar[Mapping[str, str]] = ContextVar("dense_lab_kernels_requested", default={})
+_requested: ContextVar[Mapping[str, str]] = ContextVar("dense_lab_kernels_requested", default=MappingProxyType({}))
 _log: ContextVar[dict[str, str] | None] = ContextVar("dense_lab_kernels_log", default=None)
+_reuse: ContextVar[bool] = ContextVar("dense_lab_kernels_reuse", default=False)
 
 
 class ImplementationError(ValueError):
@@ -113,3 +115,21 @@ def recording() -> Iterator[dict[str, str]]:
         yield log
     finally:
         _log.reset(token)
+
+
+@contextlib.contextmanager
+def reusing_states() -> Iterator[None]:
+    """Within the block, a call without gradients may overwrite `initial_state` by the final state of a single token.
+
+    What an operation did shows in its result: the tensor it was given, or another.
+    """
+    token = _reuse.set(True)
+    try:
+        yield
+    finally:
+        _reuse.reset(token)
+
+
+def may_reuse_states() -> bool:
+    """Whether this call runs within `reusing_states()`."""
+    return _reuse.get()

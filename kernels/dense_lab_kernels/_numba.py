@@ -1,14 +1,14 @@
 """Compiled loops for the CPU: the decorator and the threads; what a loop computes with is in `_vector`.
 
-Imported on first use only, because importing numba takes longer than most calls. Threads are plain ones started for each
-call instead of numba's own: those need a threading layer that is neither safe to call from two threads nor after a fork
-everywhere, and starting a thread costs some 50 microseconds.
+Imported on first use only, because importing numba takes longer than most calls. Threads are plain ones started for
+each call instead of numba's own: those need a threading layer that is neither safe to call from two threads nor after a
+fork everywhere, and starting a thread costs some 50 microseconds.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numba
@@ -17,9 +17,9 @@ from torch import Tensor
 
 _Loop = TypeVar("_Loop", bound=Callable[..., Any])
 
-# A product and a sum may be fused; nothing else is loosened, so sums keep their order and NaN its meaning. Without numba's
-# reference counts (_nrt), whose atomic instructions cost more than the arithmetic between them, a loop cannot allocate: it
-# gets its scratch memory from `run`.
+# A product and a sum may be fused; nothing else is loosened, so sums keep their order and NaN its meaning. Without
+# numba's reference counts (_nrt), whose atomic instructions cost more than the arithmetic between them, a loop cannot
+# allocate: it gets its scratch memory from `run`.
 _OPTIONS = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy", "_nrt": False}
 
 
@@ -51,22 +51,14 @@ def run(loop: Callable[..., None], tasks: int, cost: int, scratch: Tensor, *argu
     threads = max(1, min(torch.get_num_threads(), tasks, tasks * cost // _SHARE))
     cuts = [tasks * i // threads for i in range(threads + 1)]
     own = torch.empty((threads, *scratch.shape), dtype=scratch.dtype).numpy()
-    failures: list[BaseException] = []
-
-    def share(i: int) -> None:
-        try:
-            loop(*arrays, own[i], cuts[i], cuts[i + 1])
-        except BaseException as error:  # handed to the caller below
-            failures.append(error)
-
-    others = [threading.Thread(target=share, args=(i,)) for i in range(1, threads)]
-    for thread in others:
-        thread.start()
-    share(0)
-    for thread in others:
-        thread.join()
-    if failures:
-        raise failures[0]
+    if threads == 1:
+        loop(*arrays, own[0], 0, tasks)
+        return
+    with ThreadPoolExecutor(threads - 1) as others:
+        shares = [others.submit(loop, *arrays, own[i], cuts[i], cuts[i + 1]) for i in range(1, threads)]
+        loop(*arrays, own[0], cuts[0], cuts[1])
+    for share in shares:
+        share.result()
 
 
 def _array(argument: Any) -> Any:

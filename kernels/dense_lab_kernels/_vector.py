@@ -1,7 +1,7 @@
 """Explicit vectors for compiled loops: one value of type `Vector` is WIDTH neighbouring numbers in registers.
 
-A loop written with them needs no luck with the compiler's own vectoriser, which gives up, or checks every pair of arrays for
-overlap, in loops that touch more than a few. Arithmetic (+ - * /) works between vectors, and between a vector and a number.
+A loop written with them needs no luck with the compiler's own vectoriser, which gives up, or checks all pairs of arrays
+for overlap, in loops that touch more than a few. Arithmetic (+ - * /) works between vectors and with a number.
 
 Numba's cache on disk watches the file of a loop only: touch the loops' files after a change here.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
+from fractions import Fraction
 from typing import Any
 
 import llvmlite.ir as ir
@@ -145,6 +146,8 @@ def total(typing_context: Any, vector: Any) -> Any:
     return vector.element(vector), emit
 
 
+_LOG_2 = Fraction("0.693147180559945309417232121458176568")
+
 # Per element: bits of the mantissa, bits of the whole, the exponent's bias, limits of x, terms of the series.
 _FORMATS = {
     types.float32: (23, 32, 127, (-87.33, 88.37), 8),
@@ -185,12 +188,14 @@ def exp(typing_context: Any, vector: Any) -> Any:
         k = builder.fsub(shifted, magic)
         # ln 2 in two parts; the first is short, so that its product with k is exact.
         short = round(math.log(2) * 2 ** (mantissa // 2)) / 2 ** (mantissa // 2)
-        r = multiply_add(k, number(short - math.log(2)), multiply_add(k, number(-short), x))
+        rest = float(_LOG_2 - Fraction(short))
+        r = multiply_add(k, number(-rest), multiply_add(k, number(-short), x))
         series = number(1 / math.factorial(terms - 1))
         for power in reversed(range(terms - 1)):
             series = multiply_add(series, r, number(1 / math.factorial(power)))
-        power_of_two = builder.add(builder.shl(builder.bitcast(shifted, integers), integer(mantissa)), integer(bias << mantissa))
-        return builder.fmul(series, builder.bitcast(power_of_two, floats))
+        exponent = builder.shl(builder.bitcast(shifted, integers), integer(mantissa))
+        power_of_two = builder.bitcast(builder.add(exponent, integer(bias << mantissa)), floats)
+        return builder.fmul(series, power_of_two)
 
     return vector(vector), emit
 

@@ -17,7 +17,14 @@ chunked = partial(decay_attention, impl="chunked")
 
 
 def inputs(
-    tokens: int, *, groups: int = 2, heads: int = 4, key: int = 5, value: int = 7, decay: str = "token", strength: float = 1.0
+    tokens: int,
+    *,
+    groups: int = 2,
+    heads: int = 4,
+    key: int = 5,
+    value: int = 7,
+    decay: str = "token",
+    strength: float = 1.0,
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(tokens + heads)
 
@@ -72,10 +79,14 @@ def test_weak_decays_keep_their_digits_after_strong_ones() -> None:
 @pytest.mark.parametrize("decay", ["token", "constant"])
 def test_gradients_are_those_of_the_formula(impl: str, decay: str) -> None:
     given = inputs(35, groups=1, heads=2, key=2, value=3, decay=decay)
-    leaves = [tensor[:1].clone().requires_grad_() if tensor.ndim > 1 else tensor.requires_grad_() for tensor in given.values()]
+    leaves = [
+        tensor[:1].clone().requires_grad_() if tensor.ndim > 1 else tensor.requires_grad_() for tensor in given.values()
+    ]
     q, k, v, log_decay, state = leaves
     assert torch.autograd.gradcheck(
-        lambda *x: tuple(decay_attention(*x[:4], initial_state=x[4], impl=impl)), (q, k, v, log_decay, state), fast_mode=True
+        lambda *x: tuple(decay_attention(*x[:4], initial_state=x[4], impl=impl)),
+        (q, k, v, log_decay, state),
+        fast_mode=True,
     )
 
 
@@ -88,7 +99,9 @@ def test_pieces_with_the_state_handed_on_equal_the_whole(impl: str, decay: str) 
         def run(q: Any, k: Any, v: Any, log_decay: Any, initial_state: Any) -> Any:
             state, outputs = initial_state, []
             steps = [log_decay] * len(lengths) if decay == "constant" else log_decay.split(lengths, 1)
-            for q_, k_, v_, decay_ in zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), steps, strict=True):
+            for q_, k_, v_, decay_ in zip(
+                q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), steps, strict=True
+            ):
                 output, state = decay_attention(q_, k_, v_, decay_, initial_state=state, impl=impl)
                 outputs.append(output)
             return torch.cat(outputs, 1), state

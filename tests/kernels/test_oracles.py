@@ -80,9 +80,7 @@ def mamba_scan(a: Arrays, meta: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def convolution(a: Arrays, meta: dict[str, Any]) -> tuple[Tensor, ...]:
-    out, state = causal_conv1d(
-        a["x"].mT, a["weight"], a["bias"], activation="silu", initial_state=a["initial_states"]
-    )
+    out, state = causal_conv1d(a["x"].mT, a["weight"], a["bias"], activation="silu", initial_state=a["initial_states"])
     return out.mT, state
 
 

@@ -19,7 +19,14 @@ compiled = partial(selective_scan, impl="numba")
 
 
 def inputs(
-    tokens: int, *, channels: int = 6, states: int = 3, groups: int = 2, sources: int = 0, source_groups: int = 3, full: bool = True
+    tokens: int,
+    *,
+    channels: int = 6,
+    states: int = 3,
+    groups: int = 2,
+    sources: int = 0,
+    source_groups: int = 3,
+    full: bool = True,
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(tokens + channels)
 
@@ -68,9 +75,7 @@ def test_compiled_equals_the_reference(tokens: int, channels: int, states: int, 
 @pytest.mark.parametrize(("channels", "groups", "sources"), [(6, 2, 1), (48, 1, 2)])
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_sources(tokens: int, channels: int, groups: int, sources: int, site: str) -> None:
-    assert_compiled_equals_reference(
-        inputs(tokens, channels=channels, groups=groups, sources=sources), site=site
-    )
+    assert_compiled_equals_reference(inputs(tokens, channels=channels, groups=groups, sources=sources), site=site)
 
 
 def test_steps_taken_as_they_are() -> None:
@@ -160,7 +165,9 @@ def test_low_precision_is_computed_in_float32(impl: str, dtype: torch.dtype) -> 
 def test_strong_decay_and_large_steps_stay_finite(impl: str) -> None:
     given = as_dtype(inputs(64), torch.float32)
     given["A"], given["dt"] = given["A"] * 100, given["dt"] * 20
-    assert all(tensor.isfinite().all() for tensor in run_with_gradients(partial(selective_scan, impl=impl), given).values())
+    assert all(
+        tensor.isfinite().all() for tensor in run_with_gradients(partial(selective_scan, impl=impl), given).values()
+    )
 
 
 def test_nan_is_not_hidden() -> None:
@@ -174,7 +181,9 @@ def test_nan_is_not_hidden() -> None:
 @pytest.mark.parametrize("site", SITES)
 def test_nothing_of_the_size_of_all_states_is_kept(site: str) -> None:
     tokens, channels, states = 256, 32, 16
-    given = as_dtype(inputs(tokens, channels=channels, states=states, groups=1, sources=1, source_groups=1), torch.float32)
+    given = as_dtype(
+        inputs(tokens, channels=channels, states=states, groups=1, sources=1, source_groups=1), torch.float32
+    )
     given["u"].requires_grad_()
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):

@@ -36,8 +36,9 @@ def causal_conv1d(
         tensor = tensor.to(dtype)
         return (pad(tensor, (0, extra)) if extra else tensor).contiguous()
 
-    before = x.new_zeros(batch, weight.shape[1] - 1, channels) if initial_state is None else initial_state.mT.to(x.dtype)
-    padded = torch.cat([before, x], dim=1)
+    if initial_state is None:
+        initial_state = x.new_zeros(batch, channels, weight.shape[1] - 1)
+    padded = torch.cat([initial_state.mT.to(x.dtype), x], dim=1)
     bias = x.new_zeros(channels) if bias is None else bias
     y = _Convolve.apply(widen(padded), widen(weight.mT), widen(bias), activation == "silu")
     return y[..., :channels].to(x.dtype), padded[:, tokens:].mT.contiguous()

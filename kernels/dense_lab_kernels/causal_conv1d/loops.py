@@ -1,4 +1,4 @@
-"""The compiled loops of the causal convolution: each task is a stripe of channels of one sequence, walked token by token.
+"""The compiled loops of the causal convolution: a task is a stripe of channels of one sequence, token by token.
 
 Letters: B batch, T tokens, D channels, W filter width, P = T + W - 1; b sequence, t token, j tap, c channel.
 
@@ -36,9 +36,7 @@ def _opened(y: Vector, like: Array) -> Vector:
 
 
 @compiled
-def forward(
-    x: Array, weight: Array, bias: Array, silu: bool, y: Array, scratch: Array, first: int, stop: int
-) -> None:
+def forward(x: Array, weight: Array, bias: Array, silu: bool, y: Array, scratch: Array, first: int, stop: int) -> None:
     """Tasks first..stop: fill y."""
     _, tokens, channels = y.shape
     taps, stripes = weight.shape[0], (channels + STRIPE - 1) // STRIPE

@@ -44,7 +44,7 @@ def decay_attention(
 
     q, k: [B, T, G, K] with G dividing H; head h reads group h // (H / G). G = H is the usual case.
     v: [B, T, H, V]. The dtypes of q, k, v and log_decay may differ, except that float64 does not mix.
-    log_decay: g <= 0, natural logarithm: [H] (constant over time) or [B, T, H]. Positive values are not refused but grow.
+    log_decay: g <= 0, natural logarithm: [H] (constant over time) or [B, T, H]. Positive values are not refused.
     initial_state: [B, H, K, V]; None means zeros.
     impl: "auto", "triton" (GPU), "chunked" (matrix form in torch, any device) or "reference" (token by token).
 

@@ -2,16 +2,16 @@
 
 The four steps are those of SSD (Dao and Gu 2024, arXiv 2405.21060, section 6 and listing 1):
 
-    1. within chunk      O = (Q K^T * fade) V                    fade[t, s] = exp(g_{s+1} + ... + g_t) for s <= t, else 0
-    2. chunk states      U = (leave * K)^T V                     leave[s] = exp(g_{s+1} + ... + g_C)
-    3. across chunks     S_{c+1} = whole_c S_c + U_c             whole = exp(g_1 + ... + g_C)
-    4. states to output  O += (enter * Q) S_c                    enter[t] = exp(g_1 + ... + g_t)
+    1. within chunk      O = (Q K^T * fade) V             fade[t, s] = exp(g_{s+1} + ... + g_t) for s <= t, else 0
+    2. chunk states      U = (leave * K)^T V              leave[s] = exp(g_{s+1} + ... + g_C)
+    3. across chunks     S_{c+1} = whole_c S_c + U_c      whole = exp(g_1 + ... + g_C)
+    4. states to output  O += (enter * Q) S_c             enter[t] = exp(g_1 + ... + g_t)
 
-Only sums of log decays between two tokens are exponentiated, so nothing overflows for g <= 0. The sums are differences of
-one running sum; it is kept in float64, else a strong decay would cost the weak ones after it their digits.
+Only sums of log decays between two tokens are exponentiated, so nothing overflows for g <= 0. The sums are differences
+of one running sum; it is kept in float64, else a strong decay would cost the weak ones after it their digits.
 
-Letters: B batch, T tokens, G groups, H heads, R = H / G heads in a group, K key size, V value size, C tokens in a chunk,
-n chunks. Inside this file the layout is [n, B, H, C, .].
+Letters: B batch, T tokens, G groups, H heads, K key size, V value size, C tokens in a chunk, n chunks. Inside this file
+the layout is [n, B, H, C, .].
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from dense_lab_kernels._checks import compute_dtype
 from dense_lab_kernels.decay_attention import reference
+
 
 def _longest_chunk(key_size: int, value_size: int) -> int:
     """Tokens in a chunk: the work C (K + V) within it should not outgrow the work 2 K V between chunks (measured)."""

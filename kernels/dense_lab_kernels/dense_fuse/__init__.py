@@ -3,8 +3,8 @@
     fused = own + sum_i act(gate_i) * source_i
     out   = fused / sqrt(mean(fused^2) + eps) * weight          only when a weight is given
 
-This is the fusion of DenseRetNet (arXiv 2403.00818, section 3.2 and its official code: SiLU gate, one gate shared by all
-sources, norm after the sum). Letters: W width, m sources; leading dimensions are free.
+This is the fusion of DenseRetNet (arXiv 2403.00818, section 3.2 and its official code: SiLU gate, one gate shared by
+all sources, norm after the sum). Letters: W width, m sources; leading dimensions are free.
 """
 
 from __future__ import annotations

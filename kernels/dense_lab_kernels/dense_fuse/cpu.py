@@ -74,13 +74,14 @@ class _Fuse(torch.autograd.Function):
         sources, gates = others[: ctx.count], others[ctx.count :]
         d_own, d_reads, d_gates = torch.empty_like(own), *(own.new_empty(len(gates), *own.shape) for _ in range(2))
         tasks, cost = _work(own, others)
-        d_weight = weight.new_empty(tasks, own.shape[1])
+        d_weight = weight.new_empty(tasks, len(weight))
         given = (own, _addresses(sources), _addresses(gates), weight)
-        found = (d_own, d_reads, d_gates, d_weight)
-        run(loops.backward, tasks, cost, own[0], given, *ctx.options, ctx.width, scales, d_out.contiguous(), found)
+        filled = (d_own, d_reads, d_gates, d_weight)
+        run(loops.backward, tasks, cost, own[0], given, *ctx.options, ctx.width, scales, d_out.contiguous(), filled)
         reads = d_reads.unbind(0) if gates else (d_own,)
         d_sources = reads if len(reads) == ctx.count else reads * ctx.count
-        return None, None, None, None, d_weight.sum(0) if weight.numel() else None, d_own, *d_sources, *d_gates.unbind(0)
+        found = (d_weight.sum(0), d_own, *d_sources, *d_gates.unbind(0))
+        return None, None, None, None, *found
 
 
 def _work(own: Tensor, others: Any) -> tuple[int, int]:

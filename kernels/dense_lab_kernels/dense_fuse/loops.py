@@ -78,7 +78,9 @@ def forward(
 
 
 @inlined
-def _gates_back(inputs: Any, silu: bool, sigmoid: bool, at: int, d_fused: Vector, d_reads: Array, d_gates: Array) -> None:
+def _gates_back(
+    inputs: Any, silu: bool, sigmoid: bool, at: int, d_fused: Vector, d_reads: Array, d_gates: Array
+) -> None:
     """From fused to what each gate lets through, d_reads, and to the gates; both [gates, rows, W]."""
     own, sources, gates, _ = inputs
     for i in range(gates.size):

@@ -43,7 +43,7 @@ class ScanSource(NamedTuple):
 
 
 class SelectiveScanOutput(NamedTuple):
-    """`output` [B, T, D] in u's dtype; `final_state` and every one of `source_states` [B, D, N] in float32 or float64."""
+    """`output` [B, T, D] in u's dtype; `final_state` and all `source_states` [B, D, N] in float32 or float64."""
 
     output: Tensor
     final_state: Tensor

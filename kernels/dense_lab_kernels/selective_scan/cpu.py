@@ -1,7 +1,8 @@
 """Selective scan on a CPU as compiled loops (loops.py), with a hand-written backward.
 
 The layer's own recurrence is stream 0, its sources are streams 1, 2, ...; they are stacked so that one loop serves all.
-Nothing of size T x D x N is kept: the forward saves the states before every `SEGMENT` tokens, the backward replays them.
+Nothing of size T x D x N is kept: the forward saves the states before every `SEGMENT` tokens, the backward replays
+them.
 
 Letters: B batch, T tokens, D channels, N state size, G groups, S streams, W channels that one vector loop takes.
 """
@@ -18,8 +19,8 @@ from torch.nn.functional import pad, softplus
 
 from dense_lab_kernels._checks import compute_dtype
 from dense_lab_kernels._numba import run
-from dense_lab_kernels.selective_scan import loops, reference
 from dense_lab_kernels._vector import WIDTH
+from dense_lab_kernels.selective_scan import loops, reference
 from dense_lab_kernels.selective_scan.loops import SEGMENT
 
 
@@ -139,11 +140,11 @@ class _Scan(torch.autograd.Function):
         carried: bool,
     ) -> tuple[Tensor, Tensor]:
         """Output [B, T, D] and last states [S, B, N, D]."""
-        _, batch, tokens, channels = u.shape
-        segments = math.ceil(tokens / SEGMENT) if any(ctx.needs_input_grad) else 0
+        segments = math.ceil(u.shape[2] / SEGMENT) if any(ctx.needs_input_grad) else 0
         saved = u.new_empty(segments, *start.shape)
         y, last = torch.empty_like(u[0]), torch.empty_like(start)
-        run(loops.forward, *_work(u, A, loops.FORWARD_SLOTS), (u, dt, A, B, C, gates, D), z, start, carried, saved, y, last)
+        inputs, filled = (u, dt, A, B, C, gates, D), (saved, y, last)
+        run(loops.forward, *_work(u, A, loops.FORWARD_SLOTS), inputs, z, start, carried, *filled)
         ctx.save_for_backward(u, dt, A, B, C, gates, D, z, saved)
         ctx.carried = carried
         return y, last
@@ -153,7 +154,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of everything but `carried`; sums over blocks of channels and over the batch are joined here."""
         u, dt, A, B, C, gates, D, z, saved = ctx.saved_tensors
-        streams, batch, tokens, channels = u.shape
+        _, batch, _, channels = u.shape
         in_group = channels // WIDTH // C.shape[2]
         d_u, d_dt, d_gates, d_z = (torch.empty_like(x) for x in (u, dt, gates, z))
         d_start = torch.empty_like(saved[0])

@@ -2,11 +2,12 @@
 
 Letters: as in cpu.py; t token, s stream, n state, row = s N + n. All arrays are addressed by flat offsets.
 
-    inputs = u, dt [S, B, T, D], A [S, 1, N, D], B [S, B, T, G, N], C [B, T, G, N], gates [S-1, B, T, D], D [D]
+    inputs = u, dt [S, B, T, D], A [S, 1, N, D], B [S, B, T, G, N], C [B, T, G, N], gates [S-1, B, T, D],
+        D [D]
     z [B, T, D], or empty when there is none; start, last [S, B, N, D]
     saved [segments, S, B, N, D]: the states before each segment; no segments: nothing is saved
     place = b, at: the vector's sequence and first channel
-    scratch: slots of S N vectors; a slot holds the states or the decays exp(dt A) of the vector's channels at one token.
+    scratch: slots of S N vectors; a slot holds the states or the decays exp(dt A) of the vector's channels at a token.
         The first holds A, whose rows lie so far apart in memory that they would push each other out of the cache.
 """
 
@@ -149,7 +150,7 @@ def _join_back(
 def _step_back(
     inputs: Any, place: Place, t: int, scratch: Array, before: int, fade: int, d_A: int, d_h: int, d_y: Vector, d: Any
 ) -> None:
-    """From the states after token t to those before it: the slot d_h in place; adds to the slot d_A; fills d = u, dt, B, adds to D."""
+    """From the states after token t to those before it, slot d_h; adds to slot d_A and D, fills u, dt, B of d."""
     u, dt, A, B, _, _, D = inputs
     d_u, d_dt, d_B, d_B_first, d_D = d
     b, at = place
@@ -206,8 +207,8 @@ def backward(
 ) -> None:
     """Tasks first..stop: fill the gradients d = u, dt, A, B, C, gates, D, z, start.
 
-    d_A [S, B, N, D] and d_D [B, D], zeros at first, are per sequence; d_B and d_C have the vector's place in its group as
-    first dimension; d_z holds y before z until the gradient replaces it.
+    d_A [S, B, N, D] and d_D [B, D] (zeros at first) are per sequence; d_B and d_C have the vector's place in its group
+    as first dimension; d_z holds y before z until the gradient replaces it.
     """
     _, _, tokens, channels = inputs[0].shape
     d_u, d_dt, d_A, d_B, d_C, d_gates, d_D, d_z, d_start = d
