@@ -138,6 +138,15 @@ class Registry:
             for recorded in logs:
                 log.update(recorded)
 
+    @contextmanager
+    def states_reused(self) -> Iterator[None]:
+        """Within the block, operations may write the state after a single token where the state before it was."""
+        with ExitStack() as stack:
+            for library in self.kernels:
+                if hasattr(library, "reusing_states"):
+                    stack.enter_context(library.reusing_states())
+            yield
+
 
 class Registrar:
     """What a plugin's hook is called with."""

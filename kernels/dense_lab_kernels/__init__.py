@@ -3,7 +3,7 @@
 Every operation takes and returns its recurrent state explicitly and accepts `impl=`; see `_dispatch` for who runs when.
 """
 
-from dense_lab_kernels._dispatch import ImplementationError, recording, using
+from dense_lab_kernels._dispatch import ImplementationError, recording, reusing_states, using
 from dense_lab_kernels.causal_conv1d import causal_conv1d
 from dense_lab_kernels.decay_attention import decay_attention
 from dense_lab_kernels.dense_fuse import dense_fuse
@@ -19,6 +19,7 @@ __all__ = [
     "dense_fuse",
     "linear_cross_entropy",
     "recording",
+    "reusing_states",
     "rms_norm",
     "rotate",
     "selective_scan",

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, unsupported_place
 from dense_lab_kernels.decay_attention import triton_kernels as kernels
+from dense_lab_kernels.decay_attention import triton_step
 from dense_lab_kernels.decay_attention.triton_launch import Tile, Tiles, collecting, run, tiles_for
 
 __all__ = ["decay_attention", "sm90_cases", "unsupported"]
@@ -41,6 +42,8 @@ def decay_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, V] in v's dtype and final state [B, H, K, V] in float32; arguments as in the public function."""
+    if triton_step.serves(q, k, v, log_decay, initial_state):
+        return triton_step.step(q, k, v, log_decay, initial_state)
     common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if log_decay.ndim == 1 and log_decay.requires_grad and torch.is_grad_enabled():
         # Its gradient is that of a decay per token, summed.
@@ -281,23 +284,21 @@ class _DecaySums:
 
 
 def _decay_gradient(
-    problem: _Problem, sums: _DecaySums, states: tuple[Tensor, Tensor], final: tuple[Tensor, Tensor | None]
+    problem: _Problem, sums: _DecaySums, states: Tensor, state_grads: Tensor, decay: Tensor
 ) -> Tensor:
-    """Gradient of the log decay per token [B, T, H]; states and final: pairs (tensor, its gradient)."""
+    """Gradient of the log decay per token [B, T, H]."""
     p = problem
-    gradient = torch.empty(p.batch, p.tokens, p.heads, dtype=torch.float32, device=states[0].device)
-    final_state, final_grad = final
+    gradient = torch.empty(p.batch, p.tokens, p.heads, dtype=torch.float32, device=decay.device)
     run(
         kernels.decay_gradient_kernel,
         p.batch * p.chunks * p.heads,
         sums.scores,
         sums.q,
         sums.k,
-        *states,
-        final_state,
-        final_state if final_grad is None else final_grad,
+        states,
+        state_grads,
+        decay,
         gradient,
-        int(final_grad is not None),
         sums.scores.shape[1],
         sums.q.shape[0],
         p.batch,
@@ -330,16 +331,16 @@ class _Saved:
     v: Tensor
     decay: Tensor
     initial: Tensor | None
-    final: Tensor | None
+    of_decay: bool
 
 
 def _backward(
     problem: _Problem, saved: _Saved, out_grad: Tensor, final_grad: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, log decay (if the final state was saved for it) and initial state (if there is one)."""
+    """Gradients of q, k, v, log decay (if asked for) and initial state (if there is one)."""
     p, s = problem, saved
     initial_grad = None if s.initial is None else torch.empty_like(s.initial)
-    sums = None if s.final is None else _DecaySums.empty(p, s.v)
+    sums = _DecaySums.empty(p, s.v) if s.of_decay else None
     states = _states(p, s.k, s.v, s.decay, s.initial, None, "forward")
     state_grads = _states(p, s.q, out_grad, s.decay, final_grad, initial_grad, "backward")
     scores = _scores(p, s.q, s.k, s.decay, p.tiles.scores)
@@ -347,7 +348,7 @@ def _backward(
     score_grads = _scores(p, out_grad, s.v, s.decay, p.tiles.score_grads, sums and (scores, sums.scores))
     q_grad = _apply(p, out_grad, states, score_grads, s.k, s.decay, "dq", sums and (s.q, sums.q))
     k_grad = _apply(p, s.v, state_grads, score_grads, s.q, s.decay, "dk", sums and (s.k, sums.k))
-    decay_grad = sums and _decay_gradient(p, sums, (states, state_grads), (s.final, final_grad))
+    decay_grad = sums and _decay_gradient(p, sums, states, state_grads, s.decay)
     return q_grad, k_grad, v_grad, decay_grad, initial_grad
 
 
@@ -361,9 +362,9 @@ def _launches(
     )
     with collecting() as launches:
         decay = _decay(p, log_decay)
-        output, final = _forward(p, q, k, v, decay, None)
+        output, _final = _forward(p, q, k, v, decay, None)
         if gradients[0]:
-            saved = _Saved(q, k, v, decay, None, final if gradients[1] else None)
+            saved = _Saved(q, k, v, decay, None, gradients[1])
             _backward(p, saved, torch.empty_like(output), None)
     return list(launches.values())
 
@@ -391,8 +392,8 @@ class _DecayAttention(torch.autograd.Function):
         decay = _decay(problem, log_decay)
         output, final = _forward(problem, q, k, v, decay, initial)
         ctx.set_materialize_grads(False)
-        ctx.problem = problem
-        ctx.save_for_backward(q, k, v, decay, initial, final if of_decay else None)
+        ctx.problem, ctx.of_decay = problem, of_decay
+        ctx.save_for_backward(q, k, v, decay, initial)
         return output, final
 
     @staticmethod
@@ -400,7 +401,7 @@ class _DecayAttention(torch.autograd.Function):
     def backward(ctx: Any, out_grad: Tensor | None, final_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if out_grad is None and final_grad is None:
             return None, None, None, None, None
-        saved = _Saved(*ctx.saved_tensors)
+        saved = _Saved(*ctx.saved_tensors, ctx.of_decay)
         out_grad = torch.zeros_like(saved.v) if out_grad is None else _aligned(out_grad)
         final_grad = None if final_grad is None else final_grad.contiguous()
         return _backward(ctx.problem, saved, out_grad, final_grad)
@@ -439,3 +440,4 @@ def sm90_cases() -> Iterator[Sm90Case]:
         problem = _Problem.of(q, v, log_decay)
         for launch in _launches(problem, q, q, v, log_decay, (True, decay != "constant")):
             yield _sm90_case(name, launch)
+    yield from triton_step.sm90_cases()

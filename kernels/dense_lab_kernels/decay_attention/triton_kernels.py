@@ -10,7 +10,7 @@ With e_i the sum of the log decays from the start of a chunk to its token i (inc
     dv_j = exp(E - e_j) k_j dS' + sum_i A_ij dO_i                  `apply`, reversed
     dq_i = exp(e_i) dO_i S^T + sum_j dA_ij k_j                     `apply`
     dk_j = exp(E - e_j) v_j dS'^T + sum_i dA_ij q_i                `apply`, reversed
-    dg_t = <S', dS'> + sum_{i >= t in the chunk} (o_i . dO_i - v_i . dv_i)      `decay_gradient`, from sums of the above
+    dg_t = exp(E) <S, dS'> + what enters, leaves and stays in the chunk across t        `decay_gradient`
 
 So four of the eight matrix passes are one kernel, `apply`: out = scale * (X Y) + P Z.
 
@@ -395,17 +395,15 @@ def apply_kernel(
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=i_mask if EVEN_N else i_mask & col_mask)
 
 
-@triton.jit(do_not_specialize=["has_final_grad", "side", "key_tiles", "B", "T", "H", "n_chunks"])
+@triton.jit(do_not_specialize=["side", "key_tiles", "B", "T", "H", "n_chunks"])
 def decay_gradient_kernel(
     score_sums_ptr,  # [2, side, B, H, T]: sums of A_ij dA_ij over j (slot: block of j), and over i (slot: block of i)
     q_sums_ptr,  # [key_tiles, B, H, T]: q_i . (part of dq_i from the state before the chunk)
     k_sums_ptr,  # [key_tiles, B, H, T]: k_j . (part of dk_j from the state after the chunk)
     states_ptr,  # [B, chunks, H, K, V]: the state before each chunk
     state_grads_ptr,  # [B, chunks, H, K, V]: the gradient of the state after each chunk
-    final_ptr,  # [B, H, K, V] float32, the state after the last chunk
-    final_grad_ptr,  # its gradient, read if has_final_grad
+    decay_ptr,  # [B, H, T]
     decay_grad_ptr,  # [B, T, H] contiguous, float32
-    has_final_grad,
     side,
     key_tiles,
     B,
@@ -417,10 +415,11 @@ def decay_gradient_kernel(
     BM: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Gradient of the log decays of one chunk and head.
+    """Gradient of the log decays of one chunk and head: at t, the sum of all that passes from before t to t or later.
 
-    With o_i . dO_i = sum_j A_ij dA_ij + q_i . (part of dq_i), and v_j . dv_j = sum_i A_ij dA_ij + k_j . (part of dk_j),
-    all from float32 accumulators: what the results o and dv lose by rounding does not enter.
+    exp(E) <S, dS'> (through the whole chunk), k_j . (part of dk_j) for j < t (out of it), q_i . (part of dq_i) for i >= t
+    (into it), and A_ij dA_ij for j < t <= i. Nothing is subtracted that was rounded in two different ways: in the last
+    part each product enters once with either sign.
     """
     pid = tl.program_id(0)
     head = pid % H
@@ -432,28 +431,22 @@ def decay_gradient_kernel(
     row = (batch * H + head) * T + tokens
     slot = B.to(tl.int64) * H * T
     change = tl.zeros([C], dtype=tl.float32)
+    leaving = tl.zeros([C], dtype=tl.float32)
     for block in range(side):
         change += tl.load(score_sums_ptr + block * slot + row, mask=mask & (block <= i // BM), other=0.0)
         change -= tl.load(score_sums_ptr + (side + block) * slot + row, mask=mask & (block >= i // BM), other=0.0)
     for block in range(key_tiles):
         change += tl.load(q_sums_ptr + block * slot + row, mask=mask, other=0.0)
-        change -= tl.load(k_sums_ptr + block * slot + row, mask=mask, other=0.0)
+        leaving += tl.load(k_sums_ptr + block * slot + row, mask=mask, other=0.0)
 
     offset = ((batch * n_chunks + chunk) * H + head) * size
     products = tl.zeros([BS], dtype=tl.float32)
-    if chunk < n_chunks - 1:
-        states_ptr += offset + H.to(tl.int64) * size
-        for first in range(0, size, BS):
-            place = first + tl.arange(0, BS)
-            after = tl.load(states_ptr + place, mask=place < size, other=0.0)
-            grad = tl.load(state_grads_ptr + offset + place, mask=place < size, other=0.0)
-            products += after.to(tl.float32) * grad.to(tl.float32)
-    elif has_final_grad != 0:
-        final_offset = (batch * H + head) * size
-        for first in range(0, size, BS):
-            place = first + tl.arange(0, BS)
-            after = tl.load(final_ptr + final_offset + place, mask=place < size, other=0.0)
-            grad = tl.load(final_grad_ptr + final_offset + place, mask=place < size, other=0.0)
-            products += after * grad
-    gradient = tl.sum(products) + tl.cumsum(change, axis=0, reverse=True)
+    for first in range(0, size, BS):
+        place = first + tl.arange(0, BS)
+        state = tl.load(states_ptr + offset + place, mask=place < size, other=0.0)
+        grad = tl.load(state_grads_ptr + offset + place, mask=place < size, other=0.0)
+        products += state.to(tl.float32) * grad.to(tl.float32)
+    whole = tl.load(decay_ptr + (batch * H + head) * T + tl.minimum(chunk * C + C, T) - 1)
+    gradient = tl.exp(whole) * tl.sum(products) + tl.cumsum(change, axis=0, reverse=True)
+    gradient += tl.cumsum(leaving, axis=0) - leaving
     tl.store(decay_grad_ptr + (batch * T + tokens) * H + head, gradient, mask=mask)

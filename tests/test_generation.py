@@ -1,0 +1,71 @@
+"""Decoding equals the step function, and the step function equals a pass over the whole text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dense_lab.errors import InputError
+from dense_lab.generation import Sampling, generate
+from dense_lab.model import LanguageModel, ModelSpec
+
+CORES = ["retnet", "gau_retnet", "mamba"]
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+def build(core: str, device: str = "cpu") -> LanguageModel:
+    dense = {"kind": "densessm", "span": 2}
+    spec = ModelSpec.model_validate({"width": 32, "depth": 3, "core": core, "dense": dense, "dropout": 0.5})
+    return spec.build(vocab_size=50).initialise(0).to(device)
+
+
+def prompt(device: str) -> torch.Tensor:
+    return torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("core", CORES)
+def test_greedy_tokens_are_those_of_whole_passes(core: str, device: str) -> None:
+    model, ids = build(core, device), prompt(device)
+    tokens = model.generate(ids, 8)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(torch.cat([ids, tokens], 1))[:, ids.shape[1] - 1 : -1]
+    # float32: a step and a pass may differ by rounding, so a token must be within that of the largest logit.
+    chosen = logits.gather(-1, tokens[..., None])[..., 0]
+    assert (logits.max(-1).values - chosen).max() < 1e-4 * logits.abs().max()
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_drawn_tokens_follow_the_seed(core: str) -> None:
+    model, ids = build(core), prompt("cpu")
+    first, again, other = (generate(model, ids, 12, temperature=2.0, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(generate(model, ids, 5, temperature=1.0, top_k=1), generate(model, ids, 5))
+
+
+def test_tokens_are_drawn_with_their_probabilities() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20000, -1)
+    generator = torch.Generator().manual_seed(0)
+    for sampling, kept in ((Sampling(0.5), 4), (Sampling(1.0, top_k=2), 2)):
+        drawn = torch.bincount(sampling.choose(logits, generator), minlength=4) / len(logits)
+        expected = (logits[0] / sampling.temperature).softmax(0)
+        order = logits[0].argsort(descending=True)[:kept]
+        expected = torch.zeros(4).scatter(0, order, expected[order] / expected[order].sum())
+        # Four standard deviations of a frequency over 20,000 draws are at most 4 * 0.5 / sqrt(20000).
+        assert (drawn - expected).abs().max() < 0.0142
+
+
+def test_the_state_stays_the_decoders_own() -> None:
+    model, ids = build("retnet"), prompt("cpu")
+    assert torch.equal(model.generate(ids, 6), model.generate(ids, 6))
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": 0}])
+def test_options_that_make_no_sense(options: dict) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(options))}="):
+        build("retnet").generate(prompt("cpu"), **{"max_new_tokens": 1, **options})
+    with pytest.raises(InputError, match="prompt must have shape"):
+        build("retnet").generate(prompt("cpu")[0], 3)
