@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from dense_lab.errors import InputError, Problem, did_you_mean
 from dense_lab.registry import Registry
+from dense_lab.space_problems import got
 from dense_lab.space_shape import ROOT, Shape, installed
 from dense_lab.space_tree import Float, Fork, Int, Leaf, Node, Row, Span, Table
 from dense_lab.units import number
@@ -130,7 +131,7 @@ class _Parser:
     def _why_closed(self, at: At) -> str:
         if at[-1] == "kind":
             return "write the open value around the component: `{choice: [...]}` in the place of the mapping"
-        return f"{at[0]} cannot hold open values: it says how to search, not what"
+        return f"{at[0]} cannot hold open values; data, model, train, seed and kernels can"
 
     def _open(self, value: dict[str, Any], shape: Shape, place: dict[str, str], at: At) -> Node:
         mark = next(key for key in OPEN if key in value)
@@ -149,7 +150,7 @@ class _Parser:
         if options == "installed":
             options = installed(shape, self.registry)
         if not isinstance(options, (list, dict)) or not options:
-            raise InputError(f"expected a list of options, such as {{choice: [a, b]}}, got {_text(options)}")
+            raise InputError(f"expected a list of options, such as {{choice: [a, b]}}, got {got(options)}")
         named: dict[str, Node] = {}
         for key, name in zip(keys(options), labels(options, shape), strict=True):
             here, option = (*at, "choice", key), options[key]
@@ -176,13 +177,13 @@ def _range(mark: str, value: dict[str, Any], path: str) -> Int | Float:
     """The parameter of `{int: [low, high]}` or `{float: [low, high]}`; raises InputError saying what is wrong."""
     ends = value[mark]
     if not isinstance(ends, list) or len(ends) != 2:
-        raise InputError(f"expected two ends, such as {{{mark}: [1, 4]}}, got {_text(ends)}")
+        raise InputError(f"expected two ends, such as {{{mark}: [1, 4]}}, got {got(ends)}")
     low, high = (_end(mark, end) for end in ends)
     if low > high:
         raise InputError(f"the first end is the smaller one: write [{ends[1]}, {ends[0]}]")
     log = value.get("log", False)
     if not isinstance(log, bool):
-        raise InputError(f"log: expected true or false, got {_text(log)}")
+        raise InputError(f"log: expected true or false, got {got(log)}")
     if log and low <= 0:
         raise InputError(f"a logarithmic range starts above zero, got {ends[0]}")
     if mark == "float":
@@ -193,18 +194,18 @@ def _range(mark: str, value: dict[str, Any], path: str) -> Int | Float:
 def _end(mark: str, end: Any) -> Any:
     plain = number(end) if not isinstance(end, bool) else None
     if not isinstance(plain, (int, float)) or not math.isfinite(plain):
-        raise InputError(f"expected numbers as ends, got {_text(end)}")
+        raise InputError(f"expected numbers as ends, got {got(end)}")
     if mark == "float":
         return float(plain)
     if plain != int(plain):
-        raise InputError(f"expected whole numbers as ends, got {_text(end)}; {{float: [...]}} takes others")
+        raise InputError(f"expected whole numbers as ends, got {got(end)}; {{float: [...]}} takes others")
     return int(plain)
 
 
 def _step(step: Any, low: int, high: int, log: bool) -> int:
     plain = number(step) if not isinstance(step, bool) else None
     if not isinstance(plain, int) or plain < 1:
-        raise InputError(f"step: expected a whole number above 0, got {_text(step)}")
+        raise InputError(f"step: expected a whole number above 0, got {got(step)}")
     if log and plain != 1:
         raise InputError("a logarithmic range has no step: leave out one of `log` and `step`")
     if (high - low) % plain:

@@ -127,6 +127,9 @@ def _message(place: _Place, entry: dict[str, Any]) -> str:
         return "this key is needed"
     expected = _expected(entry)
     value = entry["input"] if place.missing else place.value
+    if entry["type"] in ("slot_type", "slot_kind"):
+        slot, installed = entry["ctx"]["slot"], entry["ctx"]["installed"]
+        return f"expected a name or a mapping with 'kind' for {slot}, got {got(value)}. Installed: {installed}"
     if expected is None:
         # Components and validators speak for themselves.
         error = entry.get("ctx", {}).get("error")

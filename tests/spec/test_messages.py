@@ -42,8 +42,14 @@ from tests.spec.studies import complaint, of
         ("train: {lr: .inf}", "x.yaml:2:13 train.lr: expected a finite number, got Infinity"),
         ("train: {lr: .nan}", "x.yaml:2:13 train.lr: expected a number above 0, got NaN"),
         ("train: 3", "x.yaml:2:8 train: expected a mapping, got 3"),
-        ("model: {core: 3}", "x.yaml:2:15 model.core: expected a core: a name or a mapping with 'kind', got 3."),
-        ("model: {core: {heads: 3}}", "x.yaml:2:15 model.core: a core needs 'kind: name'"),
+        (
+            "model: {core: 3}",
+            "x.yaml:2:15 model.core: expected a name or a mapping with 'kind' for core, got 3. Installed",
+        ),
+        (
+            "model: {core: {heads: 3}}",
+            "x.yaml:2:15 model.core: expected a name or a mapping with 'kind' for core, got {\"heads\": 3}",
+        ),
         (
             "model: {head: tyed}",
             "x.yaml:2:15 model.head: expected 'tied' or 'untied', got 'tyed'. Did you mean 'tied'?",

@@ -96,7 +96,7 @@ def test_ranges(tmp_path: Path, value: str, parameter: Parameter) -> None:
         ),
         ("{float: [1e-3]}", "x.yaml:2:21 train.lr: expected two ends, such as {float: [1, 4]}, got [0.001]"),
         ("{float: [1e-2, 1e-3]}", "x.yaml:2:21 train.lr: the first end is the smaller one: write [0.001, 0.01]"),
-        ("{float: [a, 1]}", "x.yaml:2:21 train.lr: expected numbers as ends, got a"),
+        ("{float: [a, 1]}", "x.yaml:2:21 train.lr: expected numbers as ends, got 'a'"),
         ("{float: [0, .inf]}", "x.yaml:2:21 train.lr: expected numbers as ends, got Infinity"),
         ("{float: [0, 1], log: true}", "x.yaml:2:21 train.lr: a logarithmic range starts above zero, got 0"),
         ("{float: [1, 2], log: 3}", "x.yaml:2:21 train.lr: log: expected true or false, got 3"),
