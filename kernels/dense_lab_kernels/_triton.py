@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -101,6 +101,38 @@ def compile_once(key: Hashable, launches: Callable[[], Iterable[Launch]]) -> Non
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(compile_one, launches()))
         _compiled.add(key)
+
+
+_MOST_BINARIES = 4096  # remembered launches; each length of a sequence is one of its own
+_binaries: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(kernel: Any, programs: int, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """`kernel[(programs,)](*arguments, **options)`, remembering which binary serves equal sizes, types and options.
+
+    arguments: every parameter that is no constexpr, in order. Finding the binary is most of what a launch costs the
+    host, and passes of many launches over small tensors are bound by it.
+    """
+    if INTERPRETED:
+        kernel[(programs,)](*arguments, **options)
+        return
+    key = (id(kernel), torch.cuda.current_device(), *map(_kind, arguments), *options.values())
+    known = _binaries.get(key)
+    if known is not None:
+        binary, constants = known
+        binary[(programs, 1, 1)](*arguments, *constants)
+        return
+    binary = kernel[(programs,)](*arguments, **options)
+    if len(_binaries) >= _MOST_BINARIES:
+        _binaries.clear()
+    _binaries[key] = binary, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+
+
+def _kind(argument: Any) -> Hashable:
+    """What decides which binary serves an argument (for a number: more than that)."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    return tuple(map(_kind, argument)) if isinstance(argument, tuple) else argument
 
 
 def unsupported_place(tensor: torch.Tensor) -> str | None:

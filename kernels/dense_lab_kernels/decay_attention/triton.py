@@ -48,18 +48,24 @@ def decay_attention(
     if log_decay.ndim == 1 and log_decay.requires_grad and torch.is_grad_enabled():
         # Its gradient is that of a decay per token, summed.
         log_decay = log_decay.expand(v.shape[:3])
-    key_size, value_size = q.shape[3], v.shape[3]
-    more_keys, more_values = -key_size % _ALIGNED, -value_size % _ALIGNED
+    tensors = q.to(common), k.to(common), v.to(common), log_decay.float()
     if initial_state is not None:
-        initial_state = pad(initial_state.float(), (0, more_values, 0, more_keys))
-    output, final_state = _DecayAttention.apply(
-        pad(q.to(common), (0, more_keys)),
-        pad(k.to(common), (0, more_keys)),
-        pad(v.to(common), (0, more_values)),
-        log_decay.float(),
-        initial_state,
-    )
-    return output[..., :value_size].to(v.dtype), final_state[..., :key_size, :value_size]
+        initial_state = initial_state.float()
+    if q.shape[3] % _ALIGNED == 0 and v.shape[3] % _ALIGNED == 0:
+        output, final_state = _DecayAttention.apply(*tensors, initial_state)
+    else:
+        output, final_state = _padded(*tensors, initial_state)
+    return output.to(v.dtype), final_state
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Head sizes filled up with zeros, and results cut again."""
+    key_size, value_size = q.shape[3], v.shape[3]
+    keys, values = (0, -key_size % _ALIGNED), (0, -value_size % _ALIGNED)
+    if initial_state is not None:
+        initial_state = pad(initial_state, (*values, *keys))
+    output, final_state = _DecayAttention.apply(pad(q, keys), pad(k, keys), pad(v, values), log_decay, initial_state)
+    return output[..., :value_size], final_state[..., :key_size, :value_size]
 
 
 @dataclass(frozen=True)
@@ -284,10 +290,15 @@ class _DecaySums:
 
 
 def _decay_gradient(
-    problem: _Problem, sums: _DecaySums, states: Tensor, state_grads: Tensor, decay: Tensor
+    problem: _Problem,
+    sums: _DecaySums,
+    states: tuple[Tensor, Tensor],
+    ends: tuple[Tensor | None, Tensor | None],
+    decay: Tensor,
 ) -> Tensor:
-    """Gradient of the log decay per token [B, T, H]."""
+    """Gradient of the log decay [B, T, H]. states: with their gradients; ends: initial state, final gradient."""
     p = problem
+    initial, final_grad = ends
     gradient = torch.empty(p.batch, p.tokens, p.heads, dtype=torch.float32, device=decay.device)
     run(
         kernels.decay_gradient_kernel,
@@ -295,10 +306,13 @@ def _decay_gradient(
         sums.scores,
         sums.q,
         sums.k,
-        states,
-        state_grads,
+        *states,
+        decay if initial is None else initial,
+        decay if final_grad is None else final_grad,
         decay,
         gradient,
+        int(initial is not None),
+        int(final_grad is not None),
         sums.scores.shape[1],
         sums.q.shape[0],
         p.batch,
@@ -348,7 +362,7 @@ def _backward(
     score_grads = _scores(p, out_grad, s.v, s.decay, p.tiles.score_grads, sums and (scores, sums.scores))
     q_grad = _apply(p, out_grad, states, score_grads, s.k, s.decay, "dq", sums and (s.q, sums.q))
     k_grad = _apply(p, s.v, state_grads, score_grads, s.q, s.decay, "dk", sums and (s.k, sums.k))
-    decay_grad = sums and _decay_gradient(p, sums, states, state_grads, s.decay)
+    decay_grad = sums and _decay_gradient(p, sums, (states, state_grads), (s.initial, final_grad), s.decay)
     return q_grad, k_grad, v_grad, decay_grad, initial_grad
 
 

@@ -395,15 +395,19 @@ def apply_kernel(
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=i_mask if EVEN_N else i_mask & col_mask)
 
 
-@triton.jit(do_not_specialize=["side", "key_tiles", "B", "T", "H", "n_chunks"])
+@triton.jit(do_not_specialize=["has_initial", "has_final_grad", "side", "key_tiles", "B", "T", "H", "n_chunks"])
 def decay_gradient_kernel(
     score_sums_ptr,  # [2, side, B, H, T]: sums of A_ij dA_ij over j (slot: block of j), and over i (slot: block of i)
     q_sums_ptr,  # [key_tiles, B, H, T]: q_i . (part of dq_i from the state before the chunk)
     k_sums_ptr,  # [key_tiles, B, H, T]: k_j . (part of dk_j from the state after the chunk)
     states_ptr,  # [B, chunks, H, K, V]: the state before each chunk
     state_grads_ptr,  # [B, chunks, H, K, V]: the gradient of the state after each chunk
+    initial_ptr,  # [B, H, K, V] float32, read for the first chunk if has_initial
+    final_grad_ptr,  # [B, H, K, V] float32, read for the last chunk if has_final_grad
     decay_ptr,  # [B, H, T]
     decay_grad_ptr,  # [B, T, H] contiguous, float32
+    has_initial,
+    has_final_grad,
     side,
     key_tiles,
     B,
@@ -417,9 +421,9 @@ def decay_gradient_kernel(
 ):
     """Gradient of the log decays of one chunk and head: at t, the sum of all that passes from before t to t or later.
 
-    exp(E) <S, dS'> (through the whole chunk), k_j . (part of dk_j) for j < t (out of it), q_i . (part of dq_i) for i >= t
-    (into it), and A_ij dA_ij for j < t <= i. Nothing is subtracted that was rounded in two different ways: in the last
-    part each product enters once with either sign.
+    exp(E) <S, dS'> (through the whole chunk), k_j . (part of dk_j) for j < t (out of it), q_i . (part of dq_i) for
+    i >= t (into it), and A_ij dA_ij for j < t <= i. Nothing is subtracted that was rounded in two different ways: in
+    the last part each product enters once with either sign.
     """
     pid = tl.program_id(0)
     head = pid % H
@@ -441,11 +445,19 @@ def decay_gradient_kernel(
 
     offset = ((batch * n_chunks + chunk) * H + head) * size
     products = tl.zeros([BS], dtype=tl.float32)
+    outer = (batch * H + head) * size
     for first in range(0, size, BS):
         place = first + tl.arange(0, BS)
-        state = tl.load(states_ptr + offset + place, mask=place < size, other=0.0)
-        grad = tl.load(state_grads_ptr + offset + place, mask=place < size, other=0.0)
-        products += state.to(tl.float32) * grad.to(tl.float32)
+        inside = place < size
+        if chunk == 0 and has_initial != 0:
+            state = tl.load(initial_ptr + outer + place, mask=inside, other=0.0)
+        else:
+            state = tl.load(states_ptr + offset + place, mask=inside, other=0.0).to(tl.float32)
+        if chunk == n_chunks - 1 and has_final_grad != 0:
+            grad = tl.load(final_grad_ptr + outer + place, mask=inside, other=0.0)
+        else:
+            grad = tl.load(state_grads_ptr + offset + place, mask=inside, other=0.0).to(tl.float32)
+        products += state * grad
     whole = tl.load(decay_ptr + (batch * H + head) * T + tl.minimum(chunk * C + C, T) - 1)
     gradient = tl.exp(whole) * tl.sum(products) + tl.cumsum(change, axis=0, reverse=True)
     gradient += tl.cumsum(leaving, axis=0) - leaving

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 
-from dense_lab_kernels._triton import Launch
+from dense_lab_kernels._triton import Launch, launch
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,21 @@ def tiles_for(key_size: int, value_size: int, per_group: int, tokens: int, dtype
         return override
     if dtype == torch.float32:
         return _float32_tiles(key_size, value_size, tokens)
-    longest = 256 if key_size * value_size > 2**17 else 128
-    chunk = _fit(tokens, longest)
-    rows = min(chunk, 128)
+    # Wide heads have large states and few of them: longer chunks write and read them less often. Narrow heads spend
+    # their time on the scores instead, whose number grows with the chunk.
+    wide = key_size * value_size >= 2**17
+    chunk = _fit(tokens, 256 if wide else 128)
+    rows = min(chunk, 128 if wide else 64)
     k_tile, v_tile = _fit(key_size, 128), _fit(value_size, 128)
     k_depth, v_depth = _fit(key_size, 64), _fit(value_size, 64)
-    # Sums over the heads of a group keep several tiles in registers at a time.
-    some, k_cols = (min(rows, 64), min(k_tile, 64)) if per_group > 1 else (rows, k_tile)
+    score_limit = 128 if wide else None
     return Tiles(
         chunk,
-        states=Tile(k_tile, v_tile, min(chunk, 64), _warps(k_tile * v_tile), 3),
-        scores=Tile(rows, rows, k_depth, _warps(rows * rows), 3),
-        score_grads=Tile(some, some, v_depth, _warps(some * some), 3),
-        values=Tile(some, v_tile, k_depth, _warps(some * v_tile), 3),
-        keys=Tile(some, k_cols, v_depth, _warps(some * k_cols), 3),
+        states=Tile(min(k_tile, 64), v_tile, min(chunk, 64), 4, 3),
+        scores=Tile(rows, rows, k_depth, _warps(rows * rows), 3, score_limit),
+        score_grads=Tile(rows, rows, v_depth, _warps(rows * rows), 3, score_limit),
+        values=Tile(rows, v_tile, k_depth, _warps(rows * v_tile), 3),
+        keys=Tile(rows, min(k_tile, 64) if per_group > 1 else k_tile, v_depth, _warps(rows * k_tile), 3),
     )
 
 
@@ -128,7 +129,7 @@ def run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     """Launch `kernel` on a one-dimensional grid; inside `collecting()` only note that it would be."""
     launches = _collected.get()
     if launches is None:
-        kernel[(programs,)](*arguments, **options)
+        launch(kernel, programs, arguments, options)
         return
     # What decides which binary serves a launch, as far as launches of one problem differ in it.
     kinds = (a.dtype if isinstance(a, torch.Tensor) else (a == 1, a % 16 == 0) for a in arguments)
