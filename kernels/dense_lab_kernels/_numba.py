@@ -32,8 +32,8 @@ def compiled(function: _Loop) -> _Loop:
 
 
 def inlined(function: _Loop) -> _Loop:
-    """Compile a part of a loop into the loops that call it."""
-    return numba.njit(forceinline=True, **_OPTIONS)(function)
+    """Compile a part of a loop into the loops that call it; Python cannot call it."""
+    return numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
 
 
 # Vector operations that are worth a thread of their own: some 100 microseconds.

@@ -11,6 +11,7 @@ from accuracy import as_dtype, assert_as_accurate, assert_equal_within, run_with
 
 from dense_lab_kernels import causal_conv1d
 
+pytest.importorskip("numba")
 IMPLEMENTATIONS = ("reference", "numba")
 
 

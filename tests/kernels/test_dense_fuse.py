@@ -11,6 +11,7 @@ from accuracy import as_dtype, assert_as_accurate, assert_equal_within, run_with
 
 from dense_lab_kernels import dense_fuse
 
+pytest.importorskip("numba")
 IMPLEMENTATIONS = ("reference", "numba")
 
 

@@ -12,6 +12,7 @@ from accuracy import as_dtype, assert_as_accurate, assert_equal_within, run_with
 
 from dense_lab_kernels import selective_scan
 
+pytest.importorskip("numba")
 IMPLEMENTATIONS = ("reference", "numba")
 SITES = ("readout", "carried")
 reference = partial(selective_scan, impl="reference")
