@@ -53,7 +53,7 @@ class TrialView:
     folder: Path | None
     """None when the trial was run on another machine that does not share this folder."""
     label: str = ""
-    """The arm's name in an ablation, otherwise the parameters in one line."""
+    """The arm's name in an ablation, otherwise empty."""
     digest: str = ""
     """Of the resolved spec."""
     started: datetime | None = None

@@ -22,12 +22,11 @@ from dense_lab.search.progress import Progress, snapshot
 from dense_lab.search.project import Projector
 from dense_lab.search.supervise import Supervisor
 from dense_lab.search.worker import Job, Train
+from dense_lab.tracking.mlflow_store import NONE, default_uri, pending
 
 if TYPE_CHECKING:
     from dense_lab.space import Study
 
-NO_MLFLOW = "none"
-"""Given for the tracking URI, leaves MLflow out."""
 MLFLOW_PATIENCE = 30.0
 """Seconds that MLflow has, after the last trial, to take what is left."""
 
@@ -100,12 +99,10 @@ class _Search:
         mlflow_uri: str | None,
         train: Train | None,
     ) -> None:
-        from dense_lab.tracking.mlflow_store import default_uri
-
         self.folder = folder
         self.uri = mlflow_uri or default_uri(folder)
         self.plan = manifest.plan(study, trials)
-        manifest.write(study, folder, self.plan, storage=url, mlflow=self.uri)
+        manifest.write(study, folder, self.plan, storage=url, mlflow=mlflow_uri)
         digest = read_study(folder).digest
         url, shared = url or storage.default_url(folder), url is not None
         self.ledger = Ledger(*storage.create_study(url, study.name, study.search.objective, digest), shared=shared)
@@ -142,7 +139,7 @@ class _Search:
         return snapshot(read_study(self.folder, self._seen, self.job.url), self.supervisor.size)
 
     def _projector(self) -> Projector | None:
-        if self.uri == NO_MLFLOW:
+        if self.uri == NONE:
             return None
         projector = Projector(self.folder, self.uri)
         projector.start()
@@ -150,9 +147,7 @@ class _Search:
 
     def _project_rest(self) -> str:
         """Send what an earlier search could not, if anything."""
-        from dense_lab.tracking.mlflow_store import pending
-
-        if self.uri == NO_MLFLOW or not pending(read_study(self.folder), self.uri):
+        if self.uri == NONE or not pending(read_study(self.folder), self.uri):
             return ""
         projector = Projector(self.folder, self.uri)
         projector.start()

@@ -37,7 +37,7 @@ def plan(study: Study, trials: int | None) -> Plan:
     return Plan(total, search.sampler, tuple(points) if points is not None else None)
 
 
-def write(study: Study, folder: Path, plan: Plan, *, storage: str | None, mlflow: str) -> None:
+def write(study: Study, folder: Path, plan: Plan, *, storage: str | None, mlflow: str | None) -> None:
     """Create the study's folder, or bring what it says about resources up to date.
 
     Raises InputError when the folder holds a study whose trials would not be comparable with this one's.

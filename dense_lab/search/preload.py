@@ -1,4 +1,4 @@
-"""What the server that workers are forked from imports: slow, and the same for all. No plugin, which may start threads."""
+"""What the server that workers are forked from imports: what is slow. No plugin: it might start threads."""
 
 import optuna.storages
 import sqlalchemy.dialects.sqlite

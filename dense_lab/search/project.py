@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dense_lab.files import FileLock
 from dense_lab.results import TrialView, read_study
+from dense_lab.search.storage import masked
 
 if TYPE_CHECKING:
     from dense_lab.tracking.mlflow_store import Projection
@@ -41,7 +42,7 @@ class Projector:
         if not self._thread.is_alive() and not self.problem:
             return ""
         why = f" ({self.problem})" if self.problem else ""
-        return f"MLflow at {self.uri} has not got everything{why}. `dense-lab sync {self.folder}` completes it."
+        return f"MLflow at {masked(self.uri)} has not got everything{why}. `dense-lab sync {self.folder}` completes it."
 
     def _run(self) -> None:
         pause = INTERVAL

@@ -95,11 +95,12 @@ class Supervisor:
     def _fill(self) -> None:
         """A worker for every free place, while there is work that nobody is about to take."""
         for index in range(self.size):
+            if index in self._workers or self.stopping:
+                continue
             unfinished = self.job.plan.total - book.finished(self.ledger.trials())
-            if self.stopping or len(self._workers) >= min(self.size, unfinished) or not self.may_start():
+            if len(self._workers) >= unfinished or not self.may_start():
                 return
-            if index not in self._workers:
-                self._workers[index] = _start(replace(self.job, index=index))
+            self._workers[index] = _start(replace(self.job, index=index))
 
     def _bury(self) -> None:
         if time.monotonic() > self._stop_by:

@@ -194,7 +194,6 @@ class Worker:
         said = {
             "number": root,
             "attempt": trial.number,
-            "label": " ".join(value for value in params.values() if isinstance(value, str)),
             "params": params,
             "digest": digest,
             "owner": owner,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dense_lab.errors import MachineError
 from dense_lab.files import FileLock, read_json, write_json
 from dense_lab.results import FINISHED, StudyResults, TrialView, read_study
+from dense_lab.search.storage import masked
 from dense_lab.tracking import record as records
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 Item = TypeVar("Item")
+NONE = "none"
+"""Given to a search for the tracking URI, leaves MLflow out."""
 MEMORY = "mlflow.json"
 """What was sent, in the study's folder and in each trial's."""
 LOCK = "mlflow.lock"
@@ -38,6 +41,12 @@ _METRICS, _PARAMS = 1000, 100
 def default_uri(folder: Path) -> str:
     """The database in the study's folder."""
     return f"sqlite:///{folder.resolve()}/mlflow.db"
+
+
+def choose_uri(folder: Path, uri: str | None) -> str:
+    """`uri`, else the one the study's searches were given, else the default."""
+    given = read_json(folder / "manifest.json").get("mlflow")
+    return uri or (given if given and given != NONE else default_uri(folder))
 
 
 def open_client(uri: str) -> MlflowClient:
@@ -67,14 +76,14 @@ def _probe(uri: str) -> None:
 class Memory:
     """What one file remembers of what one tracking URI has been sent; written after every step."""
 
-    def __init__(self, path: Path, uri: str) -> None:
-        self.path, self.uri = path, uri
-        self.sent: dict[str, Any] = read_json(path).get(uri, {})
+    def __init__(self, path: Path, place: str) -> None:
+        self.path, self.place = path, place
+        self.sent: dict[str, Any] = read_json(path).get(place, {})
 
     def update(self, **values: Any) -> None:
         """Remember `values` as well."""
         self.sent |= values
-        write_json(self.path, {**read_json(self.path), self.uri: self.sent})
+        write_json(self.path, {**read_json(self.path), self.place: self.sent})
 
     def forget(self) -> None:
         """Start over, as though nothing had been sent."""
@@ -87,14 +96,14 @@ class Projection:
 
     def __init__(self, folder: Path, uri: str | None = None) -> None:
         self.folder, self.uri = folder, uri or default_uri(folder)
+        self.place = place_of(folder, self.uri)
         self.client = open_client(self.uri)
-        self.counts: Counter[str] = Counter()
-        """What was sent: runs, points, ..."""
+        self.counts = Sent()
 
     def send(self, study: StudyResults) -> None:
         """One pass over the study and its trials."""
         _probe(self.uri)
-        memory = Memory(self.folder / MEMORY, self.uri)
+        memory = Memory(self.folder / MEMORY, self.place)
         experiment = self._experiment(study, memory)
         parent = self._run(
             memory, experiment, {"study_digest": study.digest, "role": "study"}, study.name, _first(study)
@@ -104,14 +113,10 @@ class Projection:
                 self._send_trial(study, trial, experiment, parent)
         self._send_study(study, parent, memory)
 
-    def pending(self, study: StudyResults) -> list[int]:
-        """Numbers of the trials of which something has not been sent."""
-        return pending(study, self.uri)
-
     def check(self, study: StudyResults) -> None:
         """Compare what MLflow has with the files, and forget what it has lost, so that it is sent again."""
         for folder in [self.folder, *(t.folder for t in study.trials if t.folder)]:
-            memory = Memory(folder / MEMORY, self.uri)
+            memory = Memory(folder / MEMORY, self.place)
             if memory.sent and not self._is_kept(folder, memory):
                 memory.forget()
 
@@ -169,7 +174,7 @@ class Projection:
 
     def _send_trial(self, study: StudyResults, trial: TrialView, experiment: str, parent: str) -> None:
         assert trial.folder is not None
-        memory = Memory(trial.folder / MEMORY, self.uri)
+        memory = Memory(trial.folder / MEMORY, self.place)
         if memory.sent.get("done"):
             return
         text = _whole_lines(trial.folder / "metrics.jsonl")
@@ -246,18 +251,32 @@ class Projection:
         self._send_artifacts(parent, [self.folder / "study.yaml", self.folder / "study.json", *report], memory)
 
 
+def place_of(folder: Path, uri: str) -> str:
+    """How a memory calls a tracking URI: without a password, and so that the folder can be moved."""
+    return "mlflow.db" if uri == default_uri(folder) else masked(uri)
+
+
 def pending(study: StudyResults, uri: str) -> list[int]:
     """Numbers of the trials of which something has not been sent to `uri`; imports nothing and asks nobody."""
-    return [t.number for t in study.trials if t.folder and not Memory(t.folder / MEMORY, uri).sent.get("done")]
+    place = place_of(study.folder, uri)
+    return [t.number for t in study.trials if t.folder and not Memory(t.folder / MEMORY, place).sent.get("done")]
 
 
-def sync(folder: Path, uri: str | None = None) -> Counter[str]:
-    """Send all that MLflow is missing of the study in `folder`; returns how many runs, points and files that was.
+class Sent(Counter[str]):
+    """How many runs, points and files were sent; as text, a sentence."""
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{count} {what}" for what, count in self.items() if count)
+        return f"sent to MLflow: {said}" if said else "MLflow has everything"
+
+
+def sync(folder: Path, uri: str | None = None) -> Sent:
+    """Send all that MLflow is missing of the study in `folder`; returns how much that was.
 
     Raises InputError when there is no study, MachineError when MLflow cannot be reached or a search is sending too.
     """
     study = read_study(folder)
-    uri = uri or study.manifest.get("mlflow") or default_uri(folder)
+    uri = choose_uri(folder, uri)
     lock = FileLock(folder / LOCK)
     if not lock.acquire(wait=False):
         raise MachineError(
@@ -270,7 +289,7 @@ def sync(folder: Path, uri: str | None = None) -> Counter[str]:
         return projection.counts
     # MLflow raises its own errors, SQLAlchemy's, requests' and sqlite3's; for the user it is one thing: not reached.
     except Exception as error:
-        raise MachineError(f"MLflow at {uri}: {' '.join(str(error).split())[:300]}") from error
+        raise MachineError(f"MLflow at {masked(uri)}: {' '.join(str(error).split())[:300]}") from error
     finally:
         lock.release()
 

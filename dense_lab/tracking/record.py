@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dense_lab.results import StudyResults, TrialView
-from dense_lab.units import human
 
 Point = tuple[str, float, int, int]
 """Metric, value, milliseconds since 1970, step."""
@@ -60,7 +59,7 @@ def tags(study: StudyResults, trial: TrialView) -> dict[str, str]:
         "study": study.name,
         "study_digest": study.digest,
         "trial": str(trial.number),
-        "arm": trial.label or name(trial),
+        "arm": trial.label or " ".join(value for value in trial.params.values() if isinstance(value, str)),
         "seed": str(trial.spec.get("seed", trial.tags.get("seed", ""))),
         "spec": trial.digest or str(trial.spec.get("digest", "")),
         "plugins": ", ".join(f"{key} {value}" for key, value in sorted(plugins.items()))
@@ -143,9 +142,3 @@ def study_points(study: StudyResults) -> list[Point]:
 def artifacts(folder: Path) -> list[Path]:
     """The files of a trial that are worth keeping beside its run."""
     return [path for name in ("spec.json", "result.json", "traceback.txt") if (path := folder / name).is_file()]
-
-
-def describe(sent: dict[str, int]) -> str:
-    """What a projection has sent, in one line."""
-    said = [f"{human(count)} {what}" for what, count in sent.items() if count]
-    return ", ".join(said) or "nothing was missing"

@@ -20,7 +20,7 @@ def train(spec, folder, *, device="auto", threads=1, on_evaluation=None, pause=0
     started = datetime.now(UTC).isoformat()
     write_json(folder / "spec.json", {**spec.model_dump(mode="json"), "digest": spec.digest(), "plugins": {}})
     begun, metrics, ended = time.perf_counter(), {}, None
-    lines = open(folder / "metrics.jsonl", "w")
+    lines = (folder / "metrics.jsonl").open("w")
     try:
         for step in range(1, STEPS + 1):
             time.sleep(pause)
