@@ -116,7 +116,9 @@ def _scatter(results: StudyResults, cost: str, label: str) -> str:
         values = [t.metrics[cost] for t in trials]
         if min(values) > 0 and max(values) > 4 * min(values):
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(lambda value, _: human(value))
         axes.xaxis.set_major_formatter(lambda value, _: human(value))
+        axes.tick_params(axis="x", which="minor", labelsize=8)
         axes.set(xlabel=label, ylabel=metric)
         _legend(axes, path, colours)
 

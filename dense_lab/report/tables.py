@@ -48,7 +48,7 @@ def leaderboard(results: StudyResults) -> Table:
         )
         for place, trial in enumerate(results.ranked(), 1)
     )
-    return Table("Leaderboard", ("#", "trial", *shown, *paths), rows)
+    return Table("Leaderboard", ("#", "trial", *shown, *(path.removeprefix("model.") for path in paths)), rows)
 
 
 def effects(results: StudyResults) -> Table:
