@@ -43,10 +43,13 @@ class Sampling(NamedTuple):
         return (logits.softmax(-1) / waits).argmax(-1)
 
 
+GREEDY = Sampling()
+
+
 class Decoder:
     """A model with the state after a prompt; every `advance` gives one more token for each sequence."""
 
-    def __init__(self, model: LanguageModel, ids: Tensor, sampling: Sampling = Sampling(), seed: int = 0) -> None:
+    def __init__(self, model: LanguageModel, ids: Tensor, sampling: Sampling = GREEDY, seed: int = 0) -> None:
         """ids [B, T] on the model's device; T >= 1. The model is used as it is: put it in evaluation mode before."""
         if ids.ndim != 2 or not ids.numel():
             raise InputError(f"generate: the prompt must have shape [batch, tokens >= 1], got {list(ids.shape)}")

@@ -197,7 +197,7 @@ class LanguageModel(nn.Module):
         return x, tuple(after)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per scored position; targets [B, T], IGNORED where nothing is scored."""
+        """Mean cross-entropy in nats per scored position, 0 if there is none; targets [B, T], or IGNORED."""
         x, targets = self.features(inputs)[0].flatten(0, 1), targets.flatten()
         fused = registries.default().operation("linear_cross_entropy")
         if fused is not None:
@@ -207,7 +207,8 @@ class LanguageModel(nn.Module):
             return loss
         logits = self.head(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED)
+        total = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        return total / (targets != IGNORED).sum().clamp(min=1)
 
     def initialise(self, seed: int) -> LanguageModel:
         """Draw every weight from a generator of its own, seeded by (seed, name of the module).

@@ -80,7 +80,9 @@ class GraphStep:
         self.mode, self._recorded = f"eager: {reason}", None
         self._eager.optimizer.zero_grad()
         _capturable(self._eager.optimizer, "eager")
-        warnings.warn(f"the training step cannot be a CUDA graph and runs eagerly: {reason}", GraphNotUsed, stacklevel=4)
+        warnings.warn(
+            f"the training step cannot be a CUDA graph and runs eagerly: {reason}", GraphNotUsed, stacklevel=4
+        )
 
 
 class _Recording:
@@ -88,7 +90,7 @@ class _Recording:
 
     def __init__(self, step: EagerStep, batch: Batch, stream: torch.cuda.Stream) -> None:
         device, self._size = step.place.device, step.micro_size
-        self.inputs, self.targets = (torch.empty_like(part, device=device) for part in batch)
+        self.inputs, self.targets = (part.to(device, copy=True) for part in batch)
         parts = list(map(Batch, self.inputs.split(self._size), self.targets.split(self._size)))
         self._shares = torch.empty(len(parts), device=device)
         self._lr = torch.zeros((), device=device)

@@ -72,8 +72,7 @@ class EagerStep:
         """See `StepFunction`."""
         # Rounded as a graph's learning rate is, which the GPU reads from a float32.
         self.set_rate(struct.unpack("f", struct.pack("f", lr))[0])
-        pieces = (Piece(self.place.send(part), share) for part, share in split(batch, self.micro_size) if share > 0)
-        return self.compute(pieces)
+        return self.compute(Piece(self.place.send(part), share) for part, share in split(batch, self.micro_size))
 
     def set_rate(self, lr: float | Tensor) -> None:
         """Learning rate of the next update."""

@@ -26,7 +26,11 @@ def draw(batch: int, heads: int, groups: int, key_size: int, value_size: int, de
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator).to(DEVICE)
 
-    q, k, v = normal(batch, 1, groups, key_size), normal(batch, 1, groups, key_size), normal(batch, 1, heads, value_size)
+    q, k, v = (
+        normal(batch, 1, groups, key_size),
+        normal(batch, 1, groups, key_size),
+        normal(batch, 1, heads, value_size),
+    )
     g = -normal(heads).abs() if decay == "constant" else -normal(batch, 1, heads).abs()
     return q, k, v, g, normal(batch, heads, key_size, value_size)
 

@@ -15,7 +15,9 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
 IMPLEMENTATIONS = [
     "chunked",
-    pytest.param("triton", marks=pytest.mark.skipif(not (INTERPRETED or GPU), reason="needs TRITON_INTERPRET=1 or a GPU")),
+    pytest.param(
+        "triton", marks=pytest.mark.skipif(not (INTERPRETED or GPU), reason="needs TRITON_INTERPRET=1 or a GPU")
+    ),
 ]
 # The interpreter computes bf16 wrongly; on a GPU bf16 is what matters.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])

@@ -114,13 +114,21 @@ def test_code_in_a_pickle_is_never_run(tmp_path: Path) -> None:
 BROKEN: list[tuple[str, Any, str]] = [
     ("missing", lambda c, t: t.pop("lm_head.weight"), r"tensor 'lm_head.weight' is missing.*\[97, 64\]"),
     ("unexpected", lambda c, t: t.update(bias=torch.ones(3)), "tensor 'bias' is unexpected"),
-    ("shape", lambda c, t: t.update({"model.norm.weight": torch.ones(3)}), r"'model.norm.weight' has shape \[3\].*\[64\]"),
+    (
+        "shape",
+        lambda c, t: t.update({"model.norm.weight": torch.ones(3)}),
+        r"'model.norm.weight' has shape \[3\].*\[64\]",
+    ),
     ("layers", lambda c, t: c.update(num_hidden_layers=3), "model.layers.3.* is unexpected"),
     ("no heads", lambda c, t: c.pop("num_attention_heads"), "num_attention_heads must be a number above 0, got None"),
     ("odd heads", lambda c, t: c.update(num_attention_heads=3), "must divide into 3 heads"),
     ("span", lambda c, t: c.update(dense_block_layers=0), "dense_block_layers must be a number above 0, got 0"),
     ("words", lambda c, t: c.update(hidden_size="wide"), "hidden_size must be a number above 0, got 'wide'"),
-    ("format", lambda c, t: c.pop("query_key_dim"), "no reader for model_type 'llama'. Known formats: dense_gau_retnet"),
+    (
+        "format",
+        lambda c, t: c.pop("query_key_dim"),
+        "no reader for model_type 'llama'. Known formats: dense_gau_retnet",
+    ),
 ]
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dense_lab.interop import load_checkpoint
 from dense_lab.model import LanguageModel
-from dense_lab_plugins.cores import retention
 from dense_lab_kernels.rotate.reference import turn
+from dense_lab_plugins.cores import retention
 from dense_lab_plugins.cores.retention import RetentionState
 from tests.parity.checkpoints import their_names, write_dense_gau
 from tests.parity.golden import Golden, difference
@@ -75,7 +75,10 @@ def test_state(golden: Golden, model: LanguageModel, dtype: torch.dtype) -> None
     step = torch.polar(torch.ones(1, dtype=torch.float64), 10000.0 ** -torch.linspace(0, 1, 8, dtype=torch.float64))
     official = golden["rec_state_last_layer0"].double().permute(0, 1, 3, 2) * scale  # [B, H, K, V]
     turned = turn(official.mT, step).mT
-    assert difference(state.matrix, turned) < golden.tolerance(golden["rec_state_last_layer0"], dtype, "f32_recurrent") * 10
+    assert (
+        difference(state.matrix, turned)
+        < golden.tolerance(golden["rec_state_last_layer0"], dtype, "f32_recurrent") * 10
+    )
 
 
 def loss_and_gradients(model: LanguageModel, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

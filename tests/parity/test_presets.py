@@ -64,7 +64,9 @@ def test_a_preset_cannot_be_changed_through_what_it_gave() -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(InputError, match=r"model.preset: no preset named 'denseretnet-350'\. Did you mean 'denseretnet-350m'"):
+    with pytest.raises(
+        InputError, match=r"model.preset: no preset named 'denseretnet-350'\. Did you mean 'denseretnet-350m'"
+    ):
         presets.expand({"model": {"preset": "denseretnet-350"}})
     with pytest.raises(InputError, match="no preset named 3"):
         presets.expand({"model": {"preset": 3}})

@@ -52,6 +52,7 @@ def test_what_a_run_leaves_behind(small: Small, tmp_path: Path) -> None:
     }
     assert result.tags["implementations"].startswith("decay_attention=")
     assert result.tags["device"] == "cpu (1 threads)"
+    assert result.tags["step"] == "eager: no GPU"
     stored = json.loads((folder / "result.json").read_text())
     assert (stored["status"], stored["reason"], stored["metrics"]) == ("complete", "", result.metrics)
     said = json.loads((folder / "spec.json").read_text())
@@ -206,6 +207,7 @@ def test_a_gpu_run_uses_bf16_and_agrees_with_the_cpu(small: Small, tmp_path: Pat
     spec = small({"model.dropout": 0.0})
     result = train(spec, tmp_path / "gpu", device="cuda")
     assert result.tags["dtype"] == "bfloat16"
+    assert result.tags["step"] == "graph"
     assert result.tags["device"].startswith("cuda:0 (")
     on_cpu = train(spec, tmp_path / "cpu", **CPU)
     assert result.tags["batches"] == on_cpu.tags["batches"]

@@ -97,9 +97,7 @@ def _launch(
     return Launch(_step, (*tensors, *strides, *decay, *sizes), options)
 
 
-def step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output [B, 1, H, V] in v's dtype and final state [B, H, K, V] in float32, in initial_state's place if allowed."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     batch, _, heads, value_size = v.shape
@@ -122,7 +120,9 @@ def sm90_cases() -> Iterator[Sm90Case]:
         tensors = dict.fromkeys(("q", "k", "v"), stream) | dict.fromkeys(("log_decay", "before", "after"), state)
         strides = ("q_batch", "q_group", "k_batch", "k_group", "v_batch", "v_head", "key_size", "value_size")
         small = ("decay_batch", "decay_head", "heads", "per_group")
-        signature: dict[str, Any] = tensors | {"out": stream} | dict.fromkeys(strides, size) | dict.fromkeys(small, "i32")
+        signature: dict[str, Any] = (
+            tensors | {"out": stream} | dict.fromkeys(strides, size) | dict.fromkeys(small, "i32")
+        )
         rows, cols = _tile(key_size, value_size)
         constexprs = {"STARTED": before == "started", "BK": rows, "BV": cols}
         yield Sm90Case(f"step-{before}-k{rows}-v{cols}", _step, signature, constexprs, 4, 3)

@@ -4,7 +4,7 @@ A program owns whole rows. The forward keeps one number per row (1 / rms); the b
 weight it is persistent: each program sums its share of the weight's gradient in registers, and a second, small
 reduction adds the shares, so that the result does not depend on scheduling.
 
-Letters: W width. Rows are addressed by two strides, since heads cut from a wider tensor do not follow each other evenly.
+Letters: W width. Rows are addressed by two strides, since heads cut from a wider tensor are not evenly spaced.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ class _RMSNorm(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         problem = _problem(x, weight, gate, activation)
-        outer, heads, width = problem.x.shape
+        outer, heads, _ = problem.x.shape
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         inverse_rms = torch.empty(outer * heads, dtype=torch.float32, device=x.device)
         launch = _forward_launch(problem, out, inverse_rms, eps)

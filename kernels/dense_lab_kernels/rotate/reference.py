@@ -63,7 +63,7 @@ def _phasors(start: Tensor, tokens: int, heads: int, width: int, normaliser: str
 
 
 # Not buffers of a module, which `half()` would round and `to_empty` lose.
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def angles(width: int, device: torch.device) -> Tensor:
     """theta [K/2] in fp64, radians per token."""
     steps = max(width // 2 - 1, 1)
@@ -72,7 +72,7 @@ def angles(width: int, device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def log_decays(heads: int, device: torch.device) -> Tensor:
     """log gamma [H] in fp64."""
     with torch.inference_mode(False):

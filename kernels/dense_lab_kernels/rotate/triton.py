@@ -102,7 +102,7 @@ def _tile(width: int) -> tuple[int, int, int]:
     return max(1, 2048 // block), block, 4 if block <= 2048 else 8
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _turns(width: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return angles(width, device) / (2 * math.pi)

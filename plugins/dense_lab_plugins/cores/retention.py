@@ -101,7 +101,7 @@ def retention(
     return out.output, RetentionState(out.final_state, end)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def log_decay(heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """log gamma [H]. Not a buffer of a module, which `half()` would round and `to_empty` lose."""
     values = [math.log1p(-(2.0 ** (-5 - head))) for head in range(heads)]
