@@ -58,7 +58,9 @@ def decay_attention(
 def _split(x: Tensor, chunks: int) -> Tensor:
     """[B, T, H, K] -> [n, B, H, C, K]; zeros fill the last chunk (an empty token without decay changes no state)."""
     length = math.ceil(x.shape[1] / chunks)
-    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, chunks * length - x.shape[1]))
+    missing = chunks * length - x.shape[1]
+    if missing:
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing))
     return x.unflatten(1, (chunks, length)).permute(1, 0, 3, 2, 4).contiguous()
 
 
@@ -120,6 +122,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, d_output: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, log_decay and state: the four steps in reverse."""
         q, k, v, fade, enter, leave, states = ctx.saved_tensors
+        d_output = d_output.contiguous()  # it is read four times, each of which would copy it
         whole = enter[..., -1:, None]
         groups, chunks = q.shape[2], v.shape[0]
         weights = _per_head(q @ k.mT, fade)

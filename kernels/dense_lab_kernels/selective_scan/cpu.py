@@ -66,7 +66,8 @@ def selective_scan(
 
     def stacked(tensors: list[Tensor]) -> Tensor:
         """[S, ..., D'] in the dtype computed in: streams first, padded channels last."""
-        return torch.stack([channel.widen(x.to(dtype)) for x in tensors]).contiguous()
+        wide = [channel.widen(x.to(dtype)) for x in tensors]
+        return torch.stack(wide) if len(wide) > 1 else wide[0].unsqueeze(0).contiguous()
 
     steps = [x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype) for _, x, _, _, bias in streams]
     if dt_activation == "softplus":
