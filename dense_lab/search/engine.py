@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dense_lab.errors import InputError, MachineError
-from dense_lab.files import FileLock
+from dense_lab.files import FileLock, read_json
 from dense_lab.results import StudyResults, TrialView, read_study
 from dense_lab.search import ledger as book
 from dense_lab.search import manifest, storage
@@ -103,7 +103,7 @@ class _Search:
         self.uri = mlflow_uri or default_uri(folder)
         self.plan = manifest.plan(study, trials)
         manifest.write(study, folder, self.plan, storage=url, mlflow=mlflow_uri)
-        digest = read_study(folder).digest
+        digest = read_json(folder / manifest.MANIFEST)["digest"]
         url, shared = url or storage.default_url(folder), url is not None
         self.ledger = Ledger(*storage.create_study(url, study.name, study.search.objective, digest), shared=shared)
         self.job = Job(

@@ -60,8 +60,9 @@ def open_storage(url: str, *, create: bool = False) -> BaseStorage:
             ) from None
         except ImportError as error:
             raise MachineError(f"--storage {masked(url)}: {error}") from None
-        except sqlalchemy.exc.SQLAlchemyError as error:
-            raise MachineError(f"--storage {masked(url)}: the database does not answer: {error}") from None
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            cause = " ".join(str(error.__cause__ or error).split())[:200]
+            raise MachineError(f"--storage {masked(url)}: the database does not answer: {cause}") from None
     if local:
         _make_sqlite_share(storage.engine)
     return optuna.storages.get_storage(storage)

@@ -15,9 +15,10 @@ from typing import Any
 from dense_lab.errors import DenseLabError, MachineError
 from dense_lab.files import FileLock
 from dense_lab.results import TRIALS
+from dense_lab.search import ending
 from dense_lab.search import ledger as book
 from dense_lab.search.ledger import Ledger
-from dense_lab.search.worker import LEDGER_LOCK, Job, fail_folder, main
+from dense_lab.search.worker import LEDGER_LOCK, Job, main
 
 TICK = 0.25
 """Seconds between two looks at the workers."""
@@ -140,7 +141,7 @@ class Supervisor:
         return {"interrupted": reason}
 
     def _give_up(self, root: int, reason: str) -> None:
-        fail_folder(self.job.folder / TRIALS / f"{root:04d}", reason)
+        ending.fail(self.job.folder / TRIALS / f"{root:04d}", reason)
 
 
 def _start(job: Job) -> _Worker:

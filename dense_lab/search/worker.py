@@ -7,14 +7,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dense_lab.errors import DenseLabError, MachineError
-from dense_lab.files import FileLock, last_line, read_json, write_json, write_text
+from dense_lab.files import FileLock, read_json, read_lines, write_json, write_text
 from dense_lab.results import FINISHED, TRIAL_FILE, TRIALS, TrialView, read_trial
+from dense_lab.search import ending
 from dense_lab.search import ledger as book
 from dense_lab.search.manifest import STUDY_JSON
 from dense_lab.search.objectives import values
@@ -198,7 +198,7 @@ class Worker:
             "digest": digest,
             "owner": owner,
             # A trial that goes on after an interruption keeps its clock, which MLflow's timestamps are made of.
-            "started": read_json(folder / TRIAL_FILE).get("started") or _now(),
+            "started": read_json(folder / TRIAL_FILE).get("started") or ending.now(),
         }
         write_json(folder / TRIAL_FILE, said)
 
@@ -206,14 +206,18 @@ class Worker:
         import optuna
 
         # An earlier attempt may have been killed between the end of training and telling so.
-        if not _has_ended(folder):
+        if not ending.has_ended(folder):
             try:
                 with self.stop.interrupting():
                     self.train(
-                        spec, folder, device=self.device, threads=self.job.threads, on_evaluation=self._judge(trial)
+                        spec,
+                        folder,
+                        device=self.device,
+                        threads=self.job.threads,
+                        on_evaluation=self._judge(trial, folder),
                     )
             except KeyboardInterrupt:
-                if not _has_ended(folder):
+                if not ending.has_ended(folder):
                     self._leave(trial, folder, "stopped by the user")
                     raise
             except MachineError as error:
@@ -222,7 +226,7 @@ class Worker:
             # The isolation boundary: whatever a component does, the trial fails and the study goes on.
             except Exception as error:  # noqa: BLE001
                 write_text(folder / "traceback.txt", traceback.format_exc())
-                raise self._failed(trial, folder, _reason(error)) from None
+                raise self._failed(trial, folder, ending.reason_of(error)) from None
         found = read_trial(folder)
         if found is None or found.state not in FINISHED:
             raise self._failed(trial, folder, "the trainer wrote no result.json")
@@ -236,19 +240,18 @@ class Worker:
         except DenseLabError as error:
             raise self._failed(trial, folder, str(error)) from None
 
-    def _judge(self, trial: optuna.Trial) -> Callable[[Any], None]:
+    def _judge(self, trial: optuna.Trial, folder: Path) -> Callable[[Any], None]:
         """What is called at every evaluation: tells Optuna the objective so far, and raises Pruned on its advice."""
         from dense_lab.training import Pruned
 
         metric = self.search.objective[0].metric
-        count = 0
 
         def judge(evaluation: Any) -> None:
-            nonlocal count
-            count += 1
             value = evaluation.metrics.get(metric)
             if len(self.search.objective) > 1 or value is None:
                 return
+            # Evaluations before an interruption count, so that rivals are compared at the same age.
+            count = sum("valid/loss" in line for line in read_lines(folder / "metrics.jsonl"))
             with self.stop.deferring():
                 trial.report(value, count)
                 prune = trial.should_prune()
@@ -264,7 +267,7 @@ class Worker:
 
     def _failed(self, trial: optuna.Trial, folder: Path, reason: str) -> Settled:
         """Record a failure in the folder and in the ledger; the exception ends the trial."""
-        fail_folder(folder, reason)
+        ending.fail(folder, reason)
         found = read_trial(folder)
         if found is not None:
             self._record(trial, found)
@@ -274,34 +277,7 @@ class Worker:
         """Leave the trial to be run again, which is not held against it."""
         trial.set_user_attr("stopped", True)
         trial.set_user_attr("interrupted", why)
-        write_json(folder / TRIAL_FILE, {**read_json(folder / TRIAL_FILE), "interrupted": why})
-
-
-def fail_folder(folder: Path, reason: str) -> None:
-    """Make the trial in `folder` one that failed for `reason`, keeping what its trainer has said already."""
-    said, result = read_json(folder / TRIAL_FILE), read_json(folder / "result.json")
-    default = {
-        "metrics": last_line(folder / "metrics.jsonl"),
-        "tags": {},
-        "started": said.get("started"),
-        "ended": _now(),
-    }
-    if result.get("status") == "failed" and result.get("reason"):
-        return
-    write_json(folder / "result.json", {**default, **result, "status": "failed", "reason": reason})
-
-
-def _has_ended(folder: Path) -> bool:
-    return read_json(folder / "result.json").get("status") in FINISHED
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())[:500]
-    return text if isinstance(error, DenseLabError) else f"{type(error).__name__}: {text}"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat()
+        ending.interrupt(folder, why)
 
 
 def _trainer() -> Train:

@@ -33,9 +33,9 @@ def study(tmp_path: Path, text: str, search: str = "") -> Study:
 class Here:
     """A search without processes and without MLflow."""
 
-    def __init__(self, study: Study, folder: Path, train, trials: int | None = None):
+    def __init__(self, study: Study, folder: Path, train, trials: int | None = None, storage: str | None = None):
         folder.mkdir(parents=True, exist_ok=True)
-        self.search = _Search(study, folder, 1, None, "cpu", trials, "none", train)
+        self.search = _Search(study, folder, 1, storage, "cpu", trials, "none", train)
         self.ledger, self.folder = self.search.ledger, folder
 
     def run(self):

@@ -1,13 +1,16 @@
 """What counts, what is a copy, what is run again: a worker in this process, a trainer that costs nothing."""
 
+import sqlite3
+
 import optuna
 import pytest
 
-from dense_lab.errors import InputError
+from dense_lab.errors import InputError, MachineError
 from dense_lab.files import read_json, write_json
 from dense_lab.results import read_study
 from dense_lab.search import ledger as book
 from dense_lab.search.owner import this_process
+from dense_lab.search.storage import masked
 from tests.search.fakes import calls, stored, train
 from tests.search.helpers import CONTINUOUS, SIX, Here, study
 
@@ -222,3 +225,44 @@ def test_reading_a_hundred_trials_is_quick(tmp_path):
         assert len(read_study(here.folder).trials) == 100
         times.append(time.perf_counter() - start)
     assert min(times) < 0.3
+
+
+def test_two_machines_share_a_storage_and_its_total(tmp_path):
+    space, url = study(tmp_path, CONTINUOUS, "trials: 4"), f"sqlite:///{tmp_path}/shared.db"
+    one = Here(space, tmp_path / "one", train, trials=2, storage=url)
+    one.run()
+    other = Here(space, tmp_path / "other", train, storage=url)
+    results = other.run().results
+    assert [len(calls(here.folder)) for here in (one, other)] == [2, 2]
+    assert [trial.folder is None for trial in results.trials] == [True, True, False, False]
+    seen = read_study(one.folder).trials
+    assert [trial.metrics["valid/loss"] for trial in seen] == [t.metrics["valid/loss"] for t in results.trials]
+    assert seen[3].params == results.trials[3].params
+
+
+def test_a_trial_of_another_machine_is_run_again_when_its_heart_stops(tmp_path):
+    here = Here(
+        study(tmp_path, CONTINUOUS, "trials: 1"), tmp_path / "s", train, storage=f"sqlite:///{tmp_path}/shared.db"
+    )
+    ledger, trial = here.ledger, here.ledger.study.ask()
+    trial.set_user_attr("claim", {"owner": {"machine": "elsewhere", "pid": 1, "started": 0.0}})
+    ledger.storage.record_heartbeat(trial._trial_id)
+    ledger.fail_silent()
+    ledger.requeue()
+    assert [book.standing(t) for t in ledger.trials()] == ["running"]
+    with sqlite3.connect(tmp_path / "shared.db") as connection:
+        connection.execute("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
+    ledger.fail_silent()
+    ledger.requeue()
+    assert [book.standing(t) for t in ledger.trials()] == ["lost", "waiting"]
+    here.run()
+    assert calls(here.folder) == ["0000"]
+
+
+def test_a_storage_that_is_none_and_one_that_does_not_answer(tmp_path):
+    space = study(tmp_path, CONTINUOUS, "trials: 1")
+    with pytest.raises(InputError, match="--storage nonsense"):
+        Here(space, tmp_path / "a", train, storage="nonsense")
+    with pytest.raises(MachineError, match=r"--storage sqlite:////nowhere/x\.db"):
+        Here(space, tmp_path / "b", train, storage="sqlite:////nowhere/x.db")
+    assert masked("postgresql://me:secret@host/base") == "postgresql://me@host/base"
