@@ -1,4 +1,4 @@
-"""What the benchmarks of memory-bound operations share: times from replayed graphs, and the copy that bounds them.
+"""What the benchmarks of operations share: times from replayed graphs and eager calls, and the copy that bounds them.
 
 A replayed CUDA graph of many calls leaves out what Python and the launches cost; the calls rotate among several sets of
 inputs, so that none finds the last one's in the L2 cache.
@@ -39,22 +39,41 @@ def graphed(calls: Sequence[Callable[[], Any]], prepare: Callable[[], Any] | Non
     with torch.cuda.graph(graph, stream=stream):
         kept = [calls[i % len(calls)]() for i in range(CALLS)]
     del kept
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
     graph.replay()
+    return _timed(graph.replay, replays, CALLS)
+
+
+def eager(calls: Sequence[Callable[[], Any]], rounds: int = 20) -> Timing:
+    """Time of one call, when `calls` follow each other as Python makes them: the host's time where that is longer."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+
+    def some() -> None:
+        for i in range(CALLS):
+            calls[i % len(calls)]()
+
+    return _timed(some, rounds, CALLS)
+
+
+def _timed(work: Callable[[], Any], rounds: int, calls: int) -> Timing:
+    """Milliseconds per call of `work`, which makes `calls`."""
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     for start, end in events:
         start.record()
-        graph.replay()
+        work()
         end.record()
     torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(end) / CALLS for start, end in events)
-    return Timing(times[replays // 2], times[replays // 10], times[replays * 9 // 10])
+    times = sorted(start.elapsed_time(end) / calls for start, end in events)
+    return Timing(times[rounds // 2], times[rounds // 10], times[rounds * 9 // 10])
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a large copy on this device."""
-    source = torch.randn(1 << 28, device="cuda")
+    """Bytes per second, read and written, of a copy of 4 GiB (not in a graph, where copy engines do it, slower)."""
+    source = torch.ones(1 << 30, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (graphed([lambda: target.copy_(source)], replays=20).median * 1e-3)
+    target.copy_(source)
+    return 2 * source.nbytes / (_timed(lambda: target.copy_(source), 20, 1).median * 1e-3)
 
 
 def line(name: str, timing: Timing, size: int, copy: float) -> str:

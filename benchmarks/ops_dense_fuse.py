@@ -91,10 +91,23 @@ def sweep(shape: tuple[int, int, int], copy: float) -> None:
         print(line(f"{shape} forward {tuple(blocks[:3])}", timing, necessary_bytes(*shape)[0], copy), flush=True)
     triton._forward_blocks = forward_rule
     choices = [backward_rule(width, 2 * width * (m + 3), "shared")]
-    for warps, stages in ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2), (8, 3), (16, 1), (16, 2)):
-        for programs in (1, 2, 4, 6):
-            if warps * programs <= 24:
-                choices.append(triton._Blocks(1, block, warps, stages, programs))
+    if block <= 1024:
+        for rows, warps, programs, registers in (
+            (1, 4, 3, None),
+            (1, 4, 4, None),
+            (1, 4, 5, 96),
+            (1, 4, 6, 80),
+            (1, 2, 6, None),
+            (1, 2, 8, 128),
+            (2, 8, 2, None),
+            (2, 8, 3, 80),
+            (2, 4, 2, None),
+            (2, 4, 3, 168),
+        ):
+            choices += [triton._Blocks(rows, block, warps, stages, programs, registers) for stages in (3, 4)]
+    else:
+        for warps, programs, registers in ((4, 2, None), (8, 1, None), (8, 2, 128), (16, 1, None), (16, 1, 128)):
+            choices += [triton._Blocks(1, block, warps, stages, programs, registers) for stages in (3, 4)]
     for blocks in choices:
         triton._backward_blocks = lambda *_, blocks=blocks: blocks
         timing = measure(ours, sets)[1]

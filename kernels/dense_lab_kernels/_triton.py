@@ -51,6 +51,19 @@ def sigmoid(x):  # noqa: ANN001, ANN202 - kernels have no annotations but conste
         return tl.sigmoid(x)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def sum_rows_kernel(shares, out, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):  # noqa: ANN001, ANN202
+    """out[c] = sum over r of shares[r, c], added in float32 and rounded once. One program: BLOCK_COLUMNS columns."""
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inside = column < columns
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    for first in range(0, rows, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        place = row.to(tl.int64)[:, None] * columns + column[None, :]
+        total += tl.load(shares + place, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+    tl.store(out + column, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=inside)
+
+
 class Sm90Case(NamedTuple):
     """One kernel with one set of launch choices, as the compiler sees it.
 
@@ -126,6 +139,24 @@ def launch(kernel: Any, programs: int, arguments: Sequence[Any], options: Mappin
     if len(_binaries) >= _MOST_BINARIES:
         _binaries.clear()
     _binaries[key] = binary, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+
+
+def sum_rows_launch(shares: Any, out: Any, rows: int, columns: int) -> Launch:
+    """The launch of `sum_rows`, to compile it beside others."""
+    options = {"BLOCK_ROWS": 16 if INTERPRETED else 512, "BLOCK_COLUMNS": 16, "num_warps": 8}
+    return Launch(sum_rows_kernel, (shares, out, rows, columns), options)
+
+
+def sum_rows(shares: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sum of [rows, columns] (float32, contiguous) over its rows, in `dtype`: a weight's gradient from its shares.
+
+    One launch where torch takes two (sum, cast); many rows of few columns are what it is made for.
+    """
+    rows, columns = shares.shape
+    out = torch.empty(columns, dtype=dtype, device=shares.device)
+    kernel, arguments, options = sum_rows_launch(shares, out, rows, columns)
+    launch(kernel, triton.cdiv(columns, options["BLOCK_COLUMNS"]), arguments, options)
+    return out
 
 
 def _kind(argument: Any) -> Hashable:

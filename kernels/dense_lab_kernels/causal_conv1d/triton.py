@@ -20,7 +20,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, processors, sigmoid, unsupported_place
+from dense_lab_kernels._triton import (
+    Launch,
+    Sm90Case,
+    compile_once,
+    launch,
+    processors,
+    sigmoid,
+    sum_rows,
+    sum_rows_launch,
+    unsupported_place,
+)
 
 __all__ = ["causal_conv1d", "sm90_cases", "unsupported"]
 
@@ -145,7 +155,7 @@ def _backward(
     state,
     d_x,
     d_state,
-    d_taps,  # [shares, W + 1, D], fp32: the taps' gradients, then the bias's
+    d_taps,  # [shares, D W + D], fp32: the taps' gradients, then the bias's
     grad_batch_stride,
     grad_token_stride,
     x_batch_stride,
@@ -226,10 +236,10 @@ def _backward(
             window = window[1:]
             slopes = slopes[1:]
 
-    row = d_taps + share.to(tl.int64) * (WIDTH + 1) * channels + channel
+    row = d_taps + share.to(tl.int64) * (WIDTH + 1) * channels
     for i in tl.static_range(WIDTH):
-        tl.store(row + i * channels, sums[i], mask=mask)
-    tl.store(row + WIDTH * channels, d_base, mask=mask)
+        tl.store(row + channel * WIDTH + i, sums[i], mask=mask)
+    tl.store(row + channels * WIDTH + channel, d_base, mask=mask)
 
 
 class _Blocks(NamedTuple):
@@ -243,17 +253,19 @@ class _Blocks(NamedTuple):
 _PROGRAMS = 32  # per processor, when there is work for as many: enough for an even last wave
 
 
-def _blocks(shape: tuple[int, int, int], count: int, overlap: int = 0) -> _Blocks:
-    """One-warp programs, 128 channels wide (4 to a thread), on `count` processors.
+def _blocks(shape: tuple[int, int, int], count: int, overlap: int | None = None) -> _Blocks:
+    """One-warp programs on `count` processors: 128 channels wide, 16 tokens together; the backward, 64 and 8.
 
     Segments are long (what a segment costs beyond its tokens is then least) while enough programs remain. A backward
-    segment walks over `overlap` further tokens, and is shorter by them, so that it ends with a full block of tokens.
+    segment walks over `overlap` further tokens (None: forward), and is shorter by them, so that it ends with a full
+    block of tokens.
     """
     batch, tokens, channels = shape
-    block = min(128, max(32, triton.next_power_of_2(channels)))
+    widest, together = (128, 16) if overlap is None else (64, 8)
+    block = min(widest, max(32, triton.next_power_of_2(channels)))
     wanted = max(1, count * _PROGRAMS // (batch * triton.cdiv(channels, block)))
     segment = min(256, max(32, triton.next_power_of_2(triton.cdiv(tokens, wanted))))
-    return _Blocks(block, 1 if tokens == 1 else 8, segment - overlap)
+    return _Blocks(block, 1 if tokens == 1 else together, segment - (overlap or 0))
 
 
 class _Problem(NamedTuple):
@@ -265,17 +277,21 @@ class _Problem(NamedTuple):
     state: Tensor | None
     activation: str
 
-    def blocks(self, overlap: int = 0) -> _Blocks:
-        """Launch choices of the forward, or of the backward, which overlaps."""
-        return _blocks(self.x.shape, processors(self.x.device), overlap)
+    def forward_blocks(self) -> _Blocks:
+        """Launch choices of the forward."""
+        return _blocks(self.x.shape, processors(self.x.device))
+
+    def backward_blocks(self) -> _Blocks:
+        """Launch choices of the backward, which walks into the next segment."""
+        return _blocks(self.x.shape, processors(self.x.device), self.weight.shape[1] - 1)
 
     def shares(self, blocks: _Blocks) -> int:
         """Programs along batch and time."""
         return self.x.shape[0] * triton.cdiv(self.x.shape[1], blocks.segment)
 
-    def grid(self, blocks: _Blocks) -> tuple[int]:
+    def programs(self, blocks: _Blocks) -> int:
         """Channel blocks vary fastest: neighbouring programs read neighbouring memory."""
-        return (self.shares(blocks) * triton.cdiv(self.x.shape[2], blocks.channels),)
+        return self.shares(blocks) * triton.cdiv(self.x.shape[2], blocks.channels)
 
     def options(self, blocks: _Blocks) -> dict[str, Any]:
         """What the kernels are specialised for."""
@@ -295,13 +311,24 @@ class _Problem(NamedTuple):
         sizes = (*grad.stride()[:2], *x.stride()[:2], *x.shape[1:], blocks.segment)
         return Launch(_backward, (*tensors, *sizes), self.options(blocks))
 
-    def compile(self, blocks: _Blocks, out: Tensor) -> None:
-        """Compile both kernels together; what does not exist yet is stood in for by tensors of the same dtype."""
+    def compile(self, out: Tensor) -> None:
+        """Compile all kernels together; what does not exist yet is stood in for by tensors of the same dtype."""
         dtypes = tuple(None if t is None else t.dtype for t in self[:4])
-        key = (_OPERATION, self.activation, dtypes, self.weight.shape[1], blocks[:2], self.x.shape[2] % 16 == 0)
+        ahead, back = self.forward_blocks(), self.backward_blocks()
+        key = (_OPERATION, self.activation, dtypes, self.weight.shape, ahead[:2], back[:2])
         taps = torch.empty(0, dtype=torch.float32, device=out.device)
-        launches = (self.forward(blocks, out, out), self.backward(blocks, out, None, out, self.state, taps))
+        launches = (
+            self.forward(ahead, out, out),
+            self.backward(back, out, None, out, self.state, taps),
+            sum_rows_launch(taps, torch.empty(0, dtype=self.sum_dtype, device=out.device), 1, self.weight.numel() + self.x.shape[2]),
+        )
         compile_once(key, lambda: launches)
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """In which the gradients of weight and bias are added up together."""
+        same = self.bias is None or self.bias.dtype == self.weight.dtype
+        return self.weight.dtype if same else torch.float32
 
 
 def _neighbours(tensor: Tensor) -> Tensor:
@@ -322,12 +349,12 @@ class _CausalConv1d(torch.autograd.Function):
         problem = _problem(x, weight, bias, state, activation)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         final_state = torch.empty(x.shape[0], x.shape[2], weight.shape[1] - 1, dtype=x.dtype, device=x.device)
-        blocks = problem.blocks()
-        launch = problem.forward(blocks, out, final_state)
+        blocks = problem.forward_blocks()
+        work = problem.forward(blocks, out, final_state)
         with torch.cuda.device_of(x):
             if any(ctx.needs_input_grad):
-                problem.compile(blocks, out)
-            launch.kernel[problem.grid(blocks)](*launch.arguments, **launch.options)
+                problem.compile(out)
+            launch(work.kernel, problem.programs(blocks), work.arguments, work.options)
         ctx.save_for_backward(x, weight, bias, state)
         ctx.activation = activation
         ctx.set_materialize_grads(False)
@@ -343,14 +370,14 @@ class _CausalConv1d(torch.autograd.Function):
         d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         d_state = None if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
         channels, width = weight.shape
-        blocks = problem.blocks(overlap=width - 1)
-        shares = torch.empty(problem.shares(blocks), width + 1, channels, dtype=torch.float32, device=x.device)
-        launch = problem.backward(blocks, grad, d_final, d_x, d_state, shares)
+        blocks = problem.backward_blocks()
+        shares = torch.empty(problem.shares(blocks), channels * (width + 1), dtype=torch.float32, device=x.device)
+        work = problem.backward(blocks, grad, d_final, d_x, d_state, shares)
         with torch.cuda.device_of(x):
-            launch.kernel[problem.grid(blocks)](*launch.arguments, **launch.options)
-        d_taps = shares.sum(0)
-        d_weight = d_taps[:width].t().to(weight.dtype).contiguous()
-        d_bias = None if bias is None else d_taps[width].to(bias.dtype)
+            launch(work.kernel, problem.programs(blocks), work.arguments, work.options)
+            d_weight, d_bias = sum_rows(shares, problem.sum_dtype).split([channels * width, channels])
+        d_weight = d_weight.view(channels, width).to(weight.dtype)
+        d_bias = None if bias is None else d_bias.to(bias.dtype)
         return d_x, d_weight, d_bias, d_state, None
 
 
@@ -389,7 +416,7 @@ def _sm90_case(kind: str, width: int, dtype: str = "bf16", channels: int = 2048,
         strides = {"grad_batch_stride": size, "grad_token_stride": size}
         kernel, signature = _backward, {"grad": stream, "d_final": state, **given, **results, **strides, **sizes}
     absent = [name for name, type_ in signature.items() if type_ == "constexpr"]
-    blocks = _blocks((8, tokens, channels), 132)
+    blocks = _blocks((8, tokens, channels), 132, None if kind.startswith("forward") else width - 1)
     constexprs = {"WIDTH": width, "SILU": True, "BLOCK": blocks.channels, "UNROLL": blocks.unroll}
     name = f"{kind}-width{width}-{dtype}-block{blocks.channels}-unroll{blocks.unroll}"
     signature = {name: type_ for name, type_ in signature.items() if name not in absent}

@@ -20,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, processors, unsupported_place
+from dense_lab_kernels._triton import (
+    Launch,
+    Sm90Case,
+    compile_once,
+    launch,
+    processors,
+    sum_rows,
+    sum_rows_launch,
+    unsupported_place,
+)
 
 __all__ = ["dense_fuse", "sm90_cases", "unsupported"]
 
@@ -188,26 +197,31 @@ class _Blocks(NamedTuple):
     warps: int
     stages: int = 1  # of the loop over rows: how many row blocks are under way at once
     programs: int = 0  # per processor, when each walks over many row blocks
+    registers: int | None = None  # most per thread, so that as many programs fit
 
 
 def _forward_blocks(width: int) -> _Blocks:
-    """16 elements per thread: two 16-byte loads of bf16 from every stream, few enough registers for full occupancy."""
+    """Four warps up to 4096 columns: many small programs keep more loads under way than few large ones."""
     block = triton.next_power_of_2(width)
-    rows = max(1, 2048 // block)
-    return _Blocks(rows, block, warps=max(4, rows * block // 512) if block <= 8192 else 16)
+    return _Blocks(max(1, 1024 // block), block, warps=4 if block <= 4096 else block // 1024)
 
 
 def _backward_blocks(width: int, row_bytes: int, gates: str) -> _Blocks:
     """Registers allow few programs per processor, so the next row blocks are fetched while one is computed.
 
-    row_bytes: read per row from all streams together. Stages are given while they fit 48 KiB of shared memory; with
-    one gate per source the streams are many, and read twice, so that they fill the memory pipeline without.
+    row_bytes: read per row from all streams together. Three stages while two row blocks fit shared memory (two stages
+    are slower than one); with one gate per source the streams are many, and read twice, so that they fill the memory
+    pipeline without.
     """
     block = triton.next_power_of_2(width)
     rows = max(1, 1024 // block)
     warps = {1024: 4, 2048: 8, 4096: 8, 8192: 16}.get(rows * block, 32)
-    stages = 1 if gates == "each" else 1 + min(2, 48 * 1024 // (rows * row_bytes * block // width))
-    return _Blocks(rows, block, warps, stages, programs=max(1, 16 // warps))
+    programs = {1024: 5, 2048: 2}.get(rows * block, 1)
+    fetched = 2 * rows * row_bytes * block // width * programs
+    stages = 3 if gates != "each" and fetched <= 160 * 1024 else 1
+    if stages == 1 and rows * block == 4096:
+        programs = 2
+    return _Blocks(rows, block, warps, stages, programs, registers=96 if programs == 5 else None)
 
 
 class _Problem(NamedTuple):
@@ -279,14 +293,17 @@ def _backward_launch(problem: _Problem, grad: Any, inverse_rms: Any, results: tu
         "BLOCK_WIDTH": blocks.width,
         "STAGES": blocks.stages,
         "num_warps": blocks.warps,
+        "maxnreg": blocks.registers,
     }
     return Launch(_backward, arguments, {**problem.flags, **options})
 
 
-def _backward_like(problem: _Problem, out: Tensor, inverse_rms: Tensor | None) -> Launch:
-    """The backward launch to come, with tensors of the same dtypes standing in for those that do not exist yet."""
+def _backward_like(problem: _Problem, out: Tensor, inverse_rms: Tensor | None) -> Iterator[Launch]:
+    """The backward launches to come, with tensors of the same dtypes standing in for those that do not exist yet."""
     results = (out, problem.sources[: len(problem.gates)], problem.gates, inverse_rms)
-    return _backward_launch(problem, _as_rows(out), inverse_rms, results)
+    yield _backward_launch(problem, _as_rows(out), inverse_rms, results)
+    if problem.weight is not None:
+        yield sum_rows_launch(inverse_rms, problem.weight, *problem.own.shape)
 
 
 def _key(problem: _Problem) -> tuple[Any, ...]:
@@ -309,11 +326,11 @@ class _DenseFuse(torch.autograd.Function):
         rows, width = problem.own.shape
         inverse_rms = None if weight is None else torch.empty(rows, dtype=torch.float32, device=own.device)
         blocks = _forward_blocks(width)
-        launch = _forward_launch(problem, out, inverse_rms, eps)
+        first = _forward_launch(problem, out, inverse_rms, eps)
         with torch.cuda.device_of(own):
             if any(ctx.needs_input_grad):
-                compile_once(_key(problem), lambda: [launch, _backward_like(problem, out, inverse_rms)])
-            launch.kernel[(triton.cdiv(rows, blocks.rows),)](*launch.arguments, **launch.options)
+                compile_once(_key(problem), lambda: [first, *_backward_like(problem, out, inverse_rms)])
+            launch(first.kernel, triton.cdiv(rows, blocks.rows), first.arguments, first.options)
         ctx.save_for_backward(own, weight, inverse_rms, *streams)
         ctx.activation, ctx.m = activation, m
         return out
@@ -340,10 +357,10 @@ def _run_backward(
     d_sources = tuple(_empty_rows(s) for s in problem.sources[: len(gates)])
     d_gates = tuple(_empty_rows(g) for g in gates)
     shares = torch.empty(programs, width, dtype=torch.float32, device=own.device) if norm else None
-    launch = _backward_launch(problem, _as_rows(grad), inverse_rms, (d_own, d_sources, d_gates, shares))
+    work = _backward_launch(problem, _as_rows(grad), inverse_rms, (d_own, d_sources, d_gates, shares))
     with torch.cuda.device_of(own):
-        launch.kernel[(programs,)](*launch.arguments, **launch.options)
-    d_weight = None if shares is None else shares.sum(0).to(problem.weight.dtype)
+        launch(work.kernel, programs, work.arguments, work.options)
+        d_weight = None if shares is None else sum_rows(shares, problem.weight.dtype)
     written = d_sources or (d_own,)
     each = [written[i % len(written)] for i in range(m)] + list(d_gates)
     return d_own, d_weight, None, None, None, *(d.view(s.shape).to(s.dtype) for d, s in zip(each, streams, strict=True))
