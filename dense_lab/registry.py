@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
-from dense_lab import hookspecs
+from dense_lab import __version__, hookspecs
 from dense_lab.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 GROUP = "dense_lab"
 BLOCK_VARIABLE = "DENSE_LAB_BLOCK_PLUGINS"
 """Comma-separated names of plugins (entry points) that are not to be loaded."""
+BUILTIN = EntryPoint("builtin", "dense_lab_plugins", GROUP)
+"""The entry point of the built-in components, as pyproject.toml declares it."""
 
 
 @dataclass
@@ -47,6 +49,9 @@ class Plugin:
 
 class KernelLibrary(Protocol):
     """A library of operations that lets its implementation be chosen and recorded."""
+
+    OPERATIONS: tuple[str, ...]
+    """Names of its operations."""
 
     def using(self, implementations: Mapping[str, str]) -> AbstractContextManager[None]:
         """Within the block, operations run the named implementations."""
@@ -184,8 +189,8 @@ def load(files: tuple[Path, ...] = (), points: tuple[EntryPoint, ...] | None = N
     registry = Registry()
     registry.files = files
     blocked = {name.strip() for name in os.environ.get(BLOCK_VARIABLE, "").split(",")}
-    for point in sorted(points if points is not None else entry_points(group=GROUP), key=_builtin_first):
-        plugin = Plugin(point.name, point.dist.version if point.dist else "?")
+    for point in sorted(points if points is not None else _installed(), key=_builtin_first):
+        plugin = Plugin(point.name, point.dist.version if point.dist else __version__ if point is BUILTIN else "?")
         registry.plugins.append(plugin)
         if point.name in blocked:
             plugin.error = f"blocked by {BLOCK_VARIABLE}"
@@ -198,6 +203,12 @@ def load(files: tuple[Path, ...] = (), points: tuple[EntryPoint, ...] | None = N
         if plugin.error:
             raise InputError(f"--plugin {file}: {plugin.error}")
     return registry
+
+
+def _installed() -> tuple[EntryPoint, ...]:
+    found = tuple(entry_points(group=GROUP))
+    # A source tree on the path, as on a GPU host where nothing is installed, has no entry points of its own.
+    return found if any(point.name == BUILTIN.name for point in found) else (BUILTIN, *found)
 
 
 def _builtin_first(point: EntryPoint) -> tuple[bool, str]:
