@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from dense_lab import registry as registries
 from dense_lab import space_frozen as frozen
 from dense_lab import space_tree as trees
-from dense_lab.errors import InputError, Problem
+from dense_lab.errors import InputError, Problem, did_you_mean
 from dense_lab.registry import Registry
 from dense_lab.space_parse import open_tree
 from dense_lab.space_problems import problems
@@ -89,6 +89,12 @@ class Study:
             spec = StudySpec.model_validate(closed, context={"registry": self.registry})
         except ValidationError as error:
             raise InputError(problems(error, closed, origins, self.registry)) from None
+        known = [operation for library in self.registry.kernels for operation in library.OPERATIONS]
+        for operation in spec.kernels:
+            if operation not in known:
+                message = f"no operation {operation!r}.{did_you_mean(operation, known)} Operations: {', '.join(known)}"
+                node = origins["kernels", operation]
+                raise InputError(Problem(message, node.path, node.key))
         written = origins.get(("model", "width"))
         if spec.budget is not None and written is not None:
             message = "the budget chooses the width: leave `model.width` out, or leave out `budget`"

@@ -12,7 +12,19 @@ from dense_lab_kernels.rms_norm import rms_norm
 from dense_lab_kernels.rotate import rotate
 from dense_lab_kernels.selective_scan import selective_scan
 
+OPERATIONS = (
+    "causal_conv1d",
+    "decay_attention",
+    "dense_fuse",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotate",
+    "selective_scan",
+)
+"""Names of the operations whose implementation can be chosen."""
+
 __all__ = [
+    "OPERATIONS",
     "ImplementationError",
     "causal_conv1d",
     "decay_attention",

@@ -79,6 +79,7 @@ from tests.spec.studies import complaint, of
         ("name: a/b", "x.yaml:2:7 name: expected a name of letters, digits, '.', '_' and '-', got 'a/b'"),
         ("data: {kind: text}", "x.yaml:2:7 data.path: this key is needed"),
         ("data: {kind: python_source, valid: 60%, test: 50%}", "x.yaml:2:7 data: `valid` + `test` is 1.1"),
+        ("kernels: {decay_atention: reference}", "x.yaml:2:11 kernels.decay_atention: no operation 'decay_atention'"),
         ("kernels: {decay_attention: 3}", "x.yaml:2:28 kernels.decay_attention: expected a word, got 3"),
     ],
 )

@@ -16,7 +16,7 @@ from tests.spec.studies import ROOT, SPACE, of
 SOURCES = [
     SPACE,
     (ROOT / "studies" / "quickstart.yaml").read_text(),
-    of("model: {preset: denseretnet-350m, depth: 2}\ndata: {kind: text, path: a.txt}\nseed: 3\nkernels: {a: b}"),
+    of("model: {preset: denseretnet-350m, depth: 2}\ndata: {kind: text, path: a.txt}\nkernels: {rotate: reference}"),
     of(
         "model: {depth: 2, dense: {sites: [k], span: {int: [0, 2]}}, core: {choice: installed}}\n"
         "budget: {params: 200k, tolerance: 10%}\nsearch: {objective: [{minimize: valid/loss}, {minimize: seconds}]}"
