@@ -59,13 +59,12 @@ class Plan(NamedTuple):
     softplus: bool
     gated: bool
     skip: bool
-    warps: int  # of a program that walks
-    block: int  # its channels
-    steps: int  # tokens walked at a time
-    ahead: int  # tokens between fetching B and C and using them
+    block: int  # channels of a program that walks
+    tile: int  # tokens walked or replayed at a time
+    stages: int  # tiles that a walk fetches ahead, the present one included
     segment: int  # tokens of a walk
     tile_block: int  # channels that a program replays at a time
-    tile: int
+    tile_stages: int
     splits: int  # parts of a group's channels, and
     span: int  # tiles, that one replaying program takes
 
@@ -87,7 +86,7 @@ class Plan(NamedTuple):
         return math.ceil(self.tiles / self.span)
 
     def states_of(self, pieces: int) -> tuple[int, ...]:
-        return (self.sources + 1, self.batch, pieces, self.channels, self.states)
+        return (self.sources + 1, self.batch, pieces, self.states, self.channels)
 
     def flags(self) -> dict[str, Any]:
         return {"CARRIED": self.carried and self.sources > 0, "SOFTPLUS": self.softplus, "NP": self.padded_states}
@@ -98,30 +97,28 @@ def _make_plan(
 ) -> Plan:
     """Launch rules.
 
-    A thread walks a channel with up to 32 states; the chip wants two walking warps per processor or more, so shorter work
-    is cut in segments, which costs every decay once more. Replaying programs are many: about 32 per processor.
+    A program is one warp. A thread that walks holds up to 16 states of a stream; the chip wants two walking warps per
+    processor or more, so shorter work is cut in segments, which costs every decay once more. Replaying programs are many:
+    about 32 per processor.
     """
     batch, tokens, channels = shape
     padded = max(4, triton.next_power_of_2(states))
-    per_thread = padded * (sources + 1)
-    block = max(1, min(32, 32 * 48 // per_thread if sources else 32 * 32 // padded))
-    block = 1 << (block.bit_length() - 1)
-    small = padded <= 16
-    steps, ahead = ((8, 2) if small else (4, 1)) if sources == 0 else (2, 1)
-    programs = batch * groups * math.ceil(channels / groups / block)
+    per_group = channels // groups
+    tile = _TILE if sources == 0 else _TILE // 2
+    block = max(1, min(32, (512 if sources == 0 else 256) // padded))
     wanted = 2 * processors(device)
+    programs = batch * groups * math.ceil(per_group / block)
     segments = 1 if programs >= wanted else math.ceil(4 * wanted / programs)
     segment = max(1, math.ceil(tokens / segments / _KEPT)) * _KEPT
-    tile = _TILE if sources == 0 or small else _TILE // 2
     tile_block = max(1, 128 // padded)
     tiles = math.ceil(tokens / tile)
-    blocks = math.ceil(channels / groups / tile_block)
+    blocks = math.ceil(per_group / tile_block)
     programs = 32 * processors(device)
     splits = max(1, min(16, blocks // 8, math.ceil(programs / (batch * groups))))
     spans = max(1, min(tiles, 32, math.ceil(programs / (batch * groups * splits))))
     return Plan(
         batch, tokens, channels, states, padded, groups, sources, **options,
-        warps=1, block=block, steps=steps, ahead=ahead, segment=segment, tile_block=tile_block, tile=tile,
+        block=block, tile=tile, stages=3, segment=segment, tile_block=tile_block, tile_stages=1,
         splits=splits, span=math.ceil(tiles / spans),
     )  # fmt: skip
 
@@ -133,10 +130,10 @@ class _Inputs(NamedTuple):
     dt: tuple[Tensor, ...]
     gates: tuple[Tensor, ...]
     z: Tensor | None
-    A: Tensor  # [m + 1, D, N]
+    A: Tensor  # [m + 1, N, D]
     bias: Tensor  # [m + 1, D]
     skip: Tensor
-    shared: Tensor  # [m + 2, B, G, T + 2 PAD, NP]
+    shared: tuple[Tensor, ...]  # every B, and C: [B, T, own G, N] in float32
 
 
 def _strides(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...]:
@@ -148,15 +145,15 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(2) == 1 else tensor.contiguous()
 
 
-def _pack_shared(B: tuple[Tensor, ...], C: Tensor, plan: Plan) -> Tensor:
-    """Every B, and C, in one zero-padded float32 buffer that the kernels read without masks."""
-    pad = forward.PAD.value
-    size = (plan.sources + 2, plan.batch, plan.groups, plan.tokens + 2 * pad, plan.padded_states)
-    buffer = torch.zeros(size, dtype=torch.float32, device=C.device)
-    for i, tensor in enumerate((*B, C)):
-        wide = tensor.repeat_interleave(plan.groups // tensor.shape[2], dim=2) if tensor.shape[2] != plan.groups else tensor
-        buffer[i, :, :, pad : pad + plan.tokens, : plan.states] = wide.transpose(1, 2)
-    return buffer
+def _shared_strides(tensors: tuple[Tensor, ...], groups: int) -> tuple[tuple[int, ...], ...]:
+    """(batch, token, group) strides, and how many of the `groups` share one group of the tensor."""
+    return tuple((*tensor.stride()[:3], groups // tensor.shape[2]) for tensor in tensors)
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """B or C in float32, in which the kernels broadcast it to channels, with neighbouring states side by side."""
+    tensor = tensor.float()
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
 def _unpack_shared(parts: Tensor, like: Tensor, plan: Plan) -> Tensor:
@@ -174,16 +171,17 @@ def _walk(
     """Launch `forward`; which of its results are wanted follows from which outputs are given."""
     output = outputs.get("out") is not None
     tokens = inputs.u + inputs.dt + inputs.gates + ((inputs.z,) if output and plan.gated else ())
+    tables = inputs.shared if output else inputs.shared[:-1]
     grid = _walk_grid(plan, math.ceil(plan.tokens / segment))
     names = ("out", "raw", "kept", "last", "crossed", "spans")
     given = [outputs.get(name) if outputs.get(name) is not None else inputs.A for name in names]
     forward.forward[grid](
-        tokens, _strides(tokens), inputs.shared, inputs.shared.shape[3], inputs.A, inputs.bias, inputs.skip, entry,
-        *given, plan.tokens, plan.channels, plan.states, plan.groups, segment, every,
+        tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), inputs.A, inputs.bias, inputs.skip, entry,
+        *given, plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, segment, every,
         **plan.flags(), HAS_Z=plan.gated and output, HAS_SKIP=plan.skip and output, OUTPUT=output,
         RAW=outputs.get("raw") is not None, KEEP=outputs.get("kept") is not None,
         SUMS=outputs.get("spans") is not None, M=plan.sources,
-        BLOCK=plan.block, STEPS=plan.steps, AHEAD=plan.ahead, num_warps=plan.warps,
+        BLOCK=plan.block, TILE=plan.tile, STAGES=plan.stages, num_warps=1,
     )  # fmt: skip
 
 
@@ -203,7 +201,7 @@ def _join(plan: Plan, inputs: _Inputs, states: Tensor, crossed: Tensor, spans: T
 
 
 def _run_forward(plan: Plan, inputs: _Inputs, first: Tensor, *, keep: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Output, final states [m + 1, B, D, N] and what the backward needs."""
+    """Output, final states [m + 1, B, N, D] and what the backward needs."""
     device = first.device
     saved: dict[str, Tensor] = {}
     entry = first.unsqueeze(2)
@@ -227,21 +225,21 @@ def _run_forward(plan: Plan, inputs: _Inputs, first: Tensor, *, keep: bool) -> t
 
 def _adjoint(
     plan: Plan, inputs: _Inputs, grad: Tensor, final: Tensor, saved: dict[str, Tensor]
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of y and z, of the states after every tile, and of the initial states."""
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of z, of the states after every tile, and of the initial states."""
     device = grad.device
-    dy = torch.empty(grad.shape, device=device) if plan.gated else grad
     dz = torch.empty(grad.shape, dtype=inputs.z.dtype, device=device) if plan.gated else None
     ends = torch.empty(plan.states_of(plan.tiles), device=device)
     tokens = (*inputs.dt, *inputs.gates, grad, *((inputs.z, saved["raw"]) if plan.gated else ()))
+    tables = inputs.shared[-1:]
 
     def launch(entry: Tensor, last: Tensor, output: bool) -> None:
         backward.adjoint[_walk_grid(plan, plan.segments)](
-            tokens, _strides(tokens), inputs.shared, inputs.shared.shape[3], plan.sources + 1, inputs.A, inputs.bias,
-            entry, dy, dz if plan.gated else dy, ends, last,
-            plan.tokens, plan.channels, plan.states, plan.groups, plan.segment,
+            tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), inputs.A, inputs.bias,
+            entry, dz if plan.gated else grad, ends, last,
+            plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.segment,
             **plan.flags(), HAS_Z=plan.gated, OUTPUT=output, M=plan.sources,
-            BLOCK=plan.block, TILE=plan.tile, STEPS=plan.steps, AHEAD=plan.ahead, num_warps=plan.warps,
+            BLOCK=plan.block, TILE=plan.tile, STAGES=plan.stages, num_warps=1,
         )  # fmt: skip
 
     entry = final.unsqueeze(2)
@@ -251,7 +249,7 @@ def _adjoint(
         _join(plan, inputs, entry, saved["crossed"], saved["spans"], final.clone(), "backward")
     last = torch.empty_like(entry)
     launch(entry, last, True)
-    return dy, dz, ends, last[:, :, 0]
+    return dz, ends, last[:, :, 0]
 
 
 def _restore(plan: Plan, inputs: _Inputs, kept: Tensor) -> Tensor:
@@ -269,47 +267,50 @@ class _Parts:
             (2, plan.splits, plan.batch, plan.groups, plan.tokens, plan.padded_states), device=device
         )
         rows = plan.spans * plan.batch
-        self.A = torch.empty((rows, plan.channels, plan.states), device=device)
+        self.A = torch.empty((rows, plan.states, plan.channels), device=device)
         self.channels = torch.empty((2, rows, plan.channels), device=device)  # skip, bias
 
 
 def _gradients(
-    plan: Plan, inputs: _Inputs, stream: int, dy: Tensor, kept: Tensor, ends: Tensor
+    plan: Plan, inputs: _Inputs, stream: int, grad: Tensor, kept: Tensor, ends: Tensor
 ) -> tuple[_Parts, tuple[Tensor, ...]]:
     """Gradients of one stream: the parts to be summed, and du, ddt and, of a source, that of its gate."""
-    parts = _Parts(plan, dy.device)
+    parts = _Parts(plan, grad.device)
     like = (inputs.u[stream], inputs.dt[stream], *((inputs.gates[stream - 1],) if stream else ()))
     rows = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like)
-    common = (plan.tokens, plan.channels, plan.states, plan.groups, plan.span, plan.splits)
-    flags = plan.flags() | {"BLOCK": plan.tile_block, "TILE": plan.tile, "num_warps": 1}
+    common = (plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.groups, plan.span, plan.splits)
+    flags = plan.flags() | {"HAS_Z": plan.gated, "BLOCK": plan.tile_block, "TILE": plan.tile}
+    flags |= {"STAGES": plan.tile_stages, "num_warps": 1}
     grid = (plan.groups * plan.splits, plan.batch, plan.spans)
-    padded = inputs.shared.shape[3]
+    outer = (grad, *((inputs.z,) if plan.gated else ()))
     if stream == 0:
-        tokens = (*inputs.u, *inputs.dt, *inputs.gates, dy)
+        tokens = (*inputs.u, *inputs.dt, *inputs.gates, *outer)
         backward.own_gradients[grid](
-            tokens, _strides(tokens), inputs.shared, padded, inputs.A, inputs.bias, inputs.skip, kept, ends, *rows,
+            tokens, _strides(tokens), inputs.shared, _shared_strides(inputs.shared, plan.groups),
+            inputs.A, inputs.bias, inputs.skip, kept, ends, *rows,
             parts.shared[0], parts.shared[1], parts.A, parts.channels[0], parts.channels[1], *common,
             HAS_SKIP=plan.skip, M=plan.sources, **flags,
         )  # fmt: skip
     else:
-        tokens = (inputs.u[stream], inputs.dt[stream], inputs.dt[0], inputs.gates[stream - 1], dy)
+        tokens = (inputs.u[stream], inputs.dt[stream], inputs.dt[0], inputs.gates[stream - 1], *outer)
+        tables = (inputs.shared[stream], inputs.shared[-1])
         backward.source_gradients[grid](
-            tokens, _strides(tokens), inputs.shared, padded, stream, plan.sources + 1, inputs.A, inputs.bias,
+            tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), stream, inputs.A, inputs.bias,
             kept, ends, *rows, parts.shared[0], parts.A, parts.channels[1], *common, **flags,
         )  # fmt: skip
     return parts, rows
 
 
 def _gather(plan: Plan, tensors: tuple[Tensor | None, ...]) -> tuple[_Inputs, Tensor]:
-    """The kernels' inputs and the initial states [m + 1, B, D, N], from the flat arguments."""
+    """The kernels' inputs and the initial states [m + 1, B, N, D], from the flat arguments."""
     u, dt, A, B, C, D, z, bias, initial = tensors[:9]
     sources = [tensors[9 + 7 * i : 16 + 7 * i] for i in range(plan.sources)]
 
     def stack(own: Tensor | None, others: list[Tensor | None], shape: tuple[int, ...]) -> Tensor:
         if all(tensor is None for tensor in (own, *others)):
-            return torch.zeros((plan.sources + 1, *shape), device=u.device)
+            return torch.zeros((plan.sources + 1, *shape[:-2], *shape[-2:][::-1]), device=u.device)
         filled = [torch.zeros(shape, device=u.device) if t is None else t.float() for t in (own, *others)]
-        return torch.stack(filled)
+        return torch.stack([t.mT if t.dim() > 1 else t for t in filled])
 
     state = (plan.channels, plan.states)
     inputs = _Inputs(
@@ -320,7 +321,7 @@ def _gather(plan: Plan, tensors: tuple[Tensor | None, ...]) -> tuple[_Inputs, Te
         A=stack(A, [s[2] for s in sources], state),
         bias=stack(bias, [s[4] for s in sources], state[:1]),
         skip=u if D is None else D.float().contiguous(),
-        shared=_pack_shared((B, *(s[3] for s in sources)), C, plan),
+        shared=tuple(_shared(t) for t in (B, *(s[3] for s in sources), C)),
     )
     return inputs, stack(initial, [s[6] for s in sources], (plan.batch, *state))
 
@@ -334,7 +335,7 @@ class _SelectiveScan(torch.autograd.Function):
         out, last, saved = _run_forward(plan, inputs, first, keep=any(ctx.needs_input_grad))
         ctx.plan, ctx.names = plan, tuple(saved)
         ctx.save_for_backward(*tensors, *saved.values())
-        return out, *last
+        return out, *last.mT.contiguous()
 
     @staticmethod
     @once_differentiable
@@ -343,18 +344,19 @@ class _SelectiveScan(torch.autograd.Function):
         tensors = ctx.saved_tensors[: len(ctx.saved_tensors) - len(ctx.names)]
         saved = dict(zip(ctx.names, ctx.saved_tensors[len(tensors) :], strict=True))
         inputs, _ = _gather(plan, tensors)
-        dy, dz, ends, initial = _adjoint(plan, inputs, _rows(grad), torch.stack(finals).float(), saved)
+        grad = _rows(grad)
+        dz, ends, initial = _adjoint(plan, inputs, grad, torch.stack(finals).float().mT.contiguous(), saved)
         kept = _restore(plan, inputs, saved["kept"])
         found: list[Tensor | None] = []
         for stream in range(plan.sources + 1):
-            parts, rows = _gradients(plan, inputs, stream, dy, kept, ends)
-            dA, (dskip, dbias) = parts.A.sum(0), parts.channels.sum(1)
+            parts, rows = _gradients(plan, inputs, stream, grad, kept, ends)
+            dA, (dskip, dbias) = parts.A.sum(0).mT, parts.channels.sum(1)
             if stream == 0:
                 shared = [_unpack_shared(parts.shared[i], tensors[3 + i], plan) for i in range(2)]
-                found += [*rows, dA, *shared, dskip, dz, dbias, initial[0]]
+                found += [*rows, dA, *shared, dskip, dz, dbias, initial[0].mT]
             else:
                 dB = _unpack_shared(parts.shared[0], tensors[9 + 7 * (stream - 1) + 3], plan)
-                found += [*rows[:2], dA, dB, dbias, rows[2], initial[stream]]
+                found += [*rows[:2], dA, dB, dbias, rows[2], initial[stream].mT]
         kinds = [None if t is None or not needed else t for t, needed in zip(tensors, ctx.needs_input_grad[1:], strict=True)]
         return None, *(None if t is None else g.to(t.dtype) for g, t in zip(found, kinds, strict=True))
 

@@ -7,7 +7,7 @@ and give all gradients. Since tiles no longer wait for each other, a program can
 the gradients of B and C, sums over channels, grow in registers and leave them once; those of A, sums over tokens, grow in a
 buffer that only this program touches. No atomics: the result does not depend on scheduling.
 
-Letters as in the forward; a tile of states is [BLOCK, NP].
+Letters as in the forward; states of a tile are [TILE, NP, BLOCK].
 """
 
 from __future__ import annotations
@@ -15,146 +15,113 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dense_lab_kernels._triton import sigmoid
 from dense_lab_kernels.selective_scan.triton_forward import (
     LOG2_E,
-    PAD,
     activate,
     exp2,
     fetch,
     fetch_shared,
+    keep,
+    load_states,
     own_channels,
+    pick,
     piece_offset,
-    placed,
-    reciprocal,
-    shifted,
-    sigmoid,
     state_offsets,
+    store_states,
 )
 
 
 @triton.jit
-def retreat(
-    s,  # gradients of the states that the later tokens start from, [BLOCK, NP] per stream
-    rows,  # of STEPS tokens: dt of every stream, the gates, the output's gradient, z and raw if gated; [BLOCK] each
-    shared,  # C of AHEAD tokens, [NP] each; token j lies STEPS - 1 - j before the end
-    pointers, strides,  # to the rows of the STEPS tokens before
-    table,  # to C of the last of the present tokens
-    decay, bias, dy, dz, D, exists,
-    CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, OUTPUT: tl.constexpr,
-    M: tl.constexpr, NP: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr,
-):  # fmt: skip
-    """Walk back over STEPS tokens, the last one first; fetching ahead is as in `advance`."""
-    next_rows = ()
-    wide: tl.constexpr = len(rows) // STEPS
-    for j in tl.static_range(STEPS):
-        grad = rows[j * wide + 2 * M + 1].to(tl.float32)
-        if HAS_Z:
-            z = rows[j * wide + 2 * M + 2].to(tl.float32)
-            open_ = sigmoid(z)
-            if OUTPUT:
-                raw = rows[j * wide + 2 * M + 3].to(tl.float32)
-                tl.store(dz - j * D, (grad * raw * open_ * (1.0 + z * (1.0 - open_))).to(dz.dtype.element_ty), mask=exists)
-            grad = grad * z * open_
-            if OUTPUT:
-                tl.store(dy - j * D, grad, mask=exists)
-        inflow = shared[j][None, :] * grad[:, None]
-        step = activate(rows[j * wide].to(tl.float32) + bias[0], SOFTPLUS)
-        own = s[0] + inflow
-        if CARRIED:
-            inflow = own
-        passed = (exp2(decay[0] * step[:, None]) * own,)
-        for i in tl.static_range(1, M + 1):
-            gate = rows[j * wide + M + i].to(tl.float32)
-            other_step = activate(rows[j * wide + i].to(tl.float32) + bias[i], SOFTPLUS)
-            passed = passed + (exp2(decay[i] * other_step[:, None]) * (s[i] + gate[:, None] * inflow),)
-        s = passed
-        if MORE:
-            next_rows = next_rows + fetch(pointers, strides, -j, exists)
-            shared = shared + fetch_shared(table, -(j + AHEAD), NP)
-    next_shared = ()
-    if MORE:
-        for k in tl.static_range(AHEAD):
-            next_shared = next_shared + (shared[STEPS + k],)
-    return s, next_rows, next_shared
+def walk_back(a, inflow, s, j, TILE: tl.constexpr, REVERSED: tl.constexpr):
+    """Gradients of the states of a tile, [TILE, NP, BLOCK], and that of the state before it.
+
+    s: what the tokens behind the tile pass to its last state. REVERSED: the tile's tokens are listed last first.
+    """
+    grads = inflow
+    for i in tl.static_range(TILE):
+        here = (j == (i if REVERSED else TILE - 1 - i))[:, None, None]
+        own = s + pick(inflow, here, 0)
+        s = pick(a, here, 0) * own
+        grads = tl.where(here, own[None, :, :], grads)
+    return grads, s
 
 
 @triton.jit
-def keep_ends(kept, s, tile, tiles, offsets, mask, D, N):
-    for i in tl.static_range(len(s)):
-        tl.store(kept + piece_offset(i, tile, tiles, D, N) + offsets, s[i], mask=mask)
+def replay(a, b, h, j, TILE: tl.constexpr):
+    """The states before and after every token of a tile, [TILE, NP, BLOCK]."""
+    before, after = b, b
+    for i in tl.static_range(TILE):
+        here = (j == i)[:, None, None]
+        before = tl.where(here, h[None, :, :], before)
+        h = pick(a, here, 0) * h + pick(b, here, 0)
+        after = tl.where(here, h[None, :, :], after)
+    return before, after
 
 
-@triton.jit(do_not_specialize=["T", "segment", "padded"])
+@triton.jit(do_not_specialize=["T", "segment"])
 def adjoint(
     tokens, strides,  # [B, T, D] each: dt of every stream, the gates, the output's gradient, z and raw if gated
-    shared, padded, streams,  # as in `forward`; streams = m + 1
-    A, bias,  # [m + 1, D, N] and [m + 1, D], float32
-    entry,  # [m + 1, B, segments, D, N]: the states' gradients at the end of every segment
-    dy,  # [B, T, D] float32: the gradient of y, written if gated
+    tables, table_strides,  # C, as in `forward`
+    A, bias,  # [m + 1, N, D] and [m + 1, D], float32
+    entry,  # [m + 1, B, segments, N, D]: the states' gradients at the end of every segment
     dz,  # [B, T, D]
-    kept,  # [m + 1, B, ceil(T / TILE), D, N]: the states' gradients at the end of every tile
-    last,  # [m + 1, B, segments, D, N]: the states' gradients at the start of every segment
-    T, D, N, groups, segment,
+    kept,  # [m + 1, B, ceil(T / TILE), N, D]: the states' gradients at the end of every tile
+    last,  # [m + 1, B, segments, N, D]: the states' gradients at the start of every segment
+    T, D, N, per_group, segment,
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, OUTPUT: tl.constexpr,
-    M: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-    STEPS: tl.constexpr, AHEAD: tl.constexpr,
+    M: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment back for BLOCK channels of one batch element; grid (channel blocks, B, segments)."""
-    channel, exists, group = own_channels(D, groups, BLOCK)
+    channel, exists, group = own_channels(per_group, BLOCK)
     n = tl.arange(0, NP)
-    offsets = state_offsets(channel, n, N)
+    j = tl.arange(0, TILE)
+    offsets = state_offsets(channel, n, D)
     tile_mask = exists[:, None] & (n < N)[None, :]
     batch = tl.program_id(1).to(tl.int64)
     piece, segments = tl.program_id(2), tl.num_programs(2)
     begin = piece * segment
     end = tl.minimum(begin + segment, T)
-    tiles = tl.cdiv(T, TILE)
 
-    s, decay, biases, pointers = (), (), (), ()
+    s, decay, biases = (), (), ()
     for i in tl.static_range(M + 1):
-        s = s + (tl.load(entry + piece_offset(i, piece, segments, D, N) + offsets, mask=tile_mask, other=0.0),)
-        decay = decay + (tl.load(A + i * D * N + offsets, mask=tile_mask, other=0.0) * LOG2_E,)
-        biases = biases + (tl.load(bias + i * D + channel, mask=exists),)
-    for i in tl.static_range(len(tokens)):
-        pointers = pointers + (tokens[i] + batch * strides[i][0] + channel,)
-    pdy = dy + (batch * T + end - 1) * D + channel
-    pdz = dz + (batch * T + end - 1) * D + channel
-    C = shared + (((streams * tl.num_programs(1) + batch) * groups + group) * padded + PAD + end - 1) * NP + n
-    table = (C,)
+        s = s + (load_states(entry + piece_offset(i, piece, segments, D, N), offsets, tile_mask),)
+        decay = decay + (load_states(A + i * D * N, offsets, tile_mask) * LOG2_E,)
+        biases = biases + (tl.load(bias + i * D + channel, mask=exists, other=0.0),)
 
-    whole = begin + (end - begin) // STEPS * STEPS
-    if OUTPUT:
-        keep_ends(kept, s, (end - 1) // TILE, tiles, offsets, tile_mask, D, N)
-    for walked in range(0, end - whole):
-        t = end - 1 - walked
-        one_row = fetch(placed(pointers, strides, t), strides, 0, exists)
-        one_C = fetch_shared(table, 0, NP)
-        s, none, nothing = retreat(
-            s, one_row, one_C, pointers, strides, table, decay, biases, pdy, pdz, D, exists,
-            CARRIED, SOFTPLUS, HAS_Z, OUTPUT, M, NP, 1, 1, False)  # fmt: skip
-        table = shifted(table, -NP)
-        pdy -= D
-        pdz -= D
-    rows, Cs = (), ()
-    start = placed(pointers, strides, tl.maximum(whole - 1, begin))
-    for j in tl.static_range(STEPS):
-        rows = rows + fetch(start, strides, -j, exists & (channel * 0 + begin < whole))
-    for j in tl.static_range(AHEAD):
-        Cs = Cs + fetch_shared(table, -j, NP)
-    for walked in range(0, whole - begin, STEPS):
-        t = whole - STEPS - walked
+    count = tl.cdiv(end - begin, TILE)
+    for walked in tl.range(0, count, num_stages=STAGES):
+        tile = begin // TILE + count - 1 - walked
+        t = tile * TILE + TILE - 1 - j
+        live = (t < end)[:, None]
+        rows = fetch(tokens, strides, batch, t, channel, live & exists[None, :])
+        C = fetch_shared(tables, table_strides, batch, group, t, n, live & (n < N)[None, :])[0].to(tl.float32)
+        grad = rows[2 * M + 1].to(tl.float32)
+        if HAS_Z:
+            z = rows[2 * M + 2].to(tl.float32)
+            open_ = sigmoid(z)
+            if OUTPUT:
+                dz_tile = grad * rows[2 * M + 3].to(tl.float32) * open_ * (1.0 + z * (1.0 - open_))
+                place = (batch * T + t.to(tl.int64))[:, None] * D + channel[None, :]
+                tl.store(dz + place, dz_tile.to(dz.dtype.element_ty), mask=live & exists[None, :])
+            grad = grad * z * open_
         if OUTPUT:
-            if (t + STEPS) % TILE == 0:
-                keep_ends(kept, s, t // TILE, tiles, offsets, tile_mask, D, N)
-        s, rows, Cs = retreat(
-            s, rows, Cs, placed(pointers, strides, tl.maximum(t, begin + STEPS) - 1), strides, table,
-            decay, biases, pdy, pdz, D, exists,
-            CARRIED, SOFTPLUS, HAS_Z, OUTPUT, M, NP, STEPS, AHEAD, True)  # fmt: skip
-        table = shifted(table, -STEPS * NP)
-        pdy -= D * STEPS
-        pdz -= D * STEPS
+            keep(kept, s, tile, tl.cdiv(T, TILE), offsets, tile_mask, D, N)
+        inflow = C[:, :, None] * grad[:, None, :]
+        step = tl.where(live, activate(rows[0].to(tl.float32) + biases[0][None, :], SOFTPLUS), 0.0)
+        own, own_start = walk_back(exp2(decay[0][None, :, :] * step[:, None, :]), inflow, s[0], j, TILE, True)
+        if CARRIED:
+            inflow = own
+        starts = (own_start,)
+        for i in tl.static_range(1, M + 1):
+            gate = rows[M + i].to(tl.float32)[:, None, :]
+            other_step = tl.where(live, activate(rows[i].to(tl.float32) + biases[i][None, :], SOFTPLUS), 0.0)
+            other_a = exp2(decay[i][None, :, :] * other_step[:, None, :])
+            others, start = walk_back(other_a, gate * inflow, s[i], j, TILE, True)
+            starts = starts + (start,)
+        s = starts
     for i in tl.static_range(M + 1):
-        tl.store(last + piece_offset(i, piece, segments, D, N) + offsets, s[i], mask=tile_mask)
+        store_states(last + piece_offset(i, piece, segments, D, N), offsets, tile_mask, s[i])
 
 
 @triton.jit
@@ -167,217 +134,173 @@ def slope(x, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def read(pointer, strides, batch, t, channel, mask):
-    """[BLOCK] of token t, in float32; zeros where masked."""
-    return tl.load(pointer + batch * strides[0] + t.to(tl.int64) * strides[1] + channel, mask=mask, other=0.0).to(tl.float32)
+def opened(rows, i: tl.constexpr, HAS_Z: tl.constexpr):
+    """The gradient of y from that of the output, rows[i], and z, rows[i + 1]."""
+    grad = rows[i].to(tl.float32)
+    if HAS_Z:
+        z = rows[i + 1].to(tl.float32)
+        grad = grad * z * sigmoid(z)
+    return grad
 
 
 @triton.jit
-def step_back(dh, before, B, rate, step):
-    """One stream, one token: gradient passed to the state before, its share of dA, and the sums that u and dt need."""
-    flow = tl.sum(dh * B[None, :], axis=1)
-    # (rate step) log2 e, not rate (step log2 e) as in the replay: else the compiler keeps those decays in registers
-    s = exp2(rate * step[:, None] * LOG2_E) * dh
-    lost = s * before
-    return s, lost * step[:, None], flow, tl.sum(lost * rate, axis=1)
-
-
-@triton.jit
-def accumulate(pointer, value, fresh, mask):
+def accumulate(pointer, offsets, value, fresh, mask):
     """Add to a buffer that this program alone uses; `fresh`: nothing is there yet."""
-    tl.store(pointer, tl.load(pointer, mask=mask & (tl.zeros_like(value) + fresh < 1), other=0.0) + value, mask=mask)
+    old = tl.load(pointer + offsets, mask=mask & (offsets * 0 + fresh < 1), other=0.0)
+    tl.store(pointer + offsets, old + value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "padded", "span", "splits"])
+@triton.jit
+def own_share(per_group, splits, BLOCK: tl.constexpr):
+    """Group, split and first and last + 1 channel, within the group, of a replaying program."""
+    group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    share = tl.cdiv(tl.cdiv(per_group, BLOCK), splits) * BLOCK
+    return group, split, split * share, tl.minimum(split * share + share, per_group)
+
+
+@triton.jit
+def store_shared(out, split, group, groups, t, n, T, NP: tl.constexpr, sums):
+    """Sums over channels [TILE, NP] into [splits, B, G, T, NP]."""
+    row = ((split * tl.num_programs(1) + tl.program_id(1)) * groups + group).to(tl.int64) * T
+    tl.store(out + (row + t)[:, None] * NP + n[None, :], sums, mask=(t < T)[:, None] & (n >= 0)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "span", "splits", "groups"])
 def own_gradients(
-    tokens, strides,  # [B, T, D] each: u of every stream, dt of every stream, the gates, dy
-    shared, padded,  # as in `forward`
+    tokens, strides,  # [B, T, D] each: u of every stream, dt of every stream, the gates, the output's gradient, z if gated
+    tables, table_strides,  # as in `forward`
     A, bias, skip,
-    kept, ends,  # [m + 1, B, tiles, D, N]: states before every tile, gradients of the own states after it
+    kept, ends,  # [m + 1, B, tiles, N, D]: states before every tile, gradients of the own states after it
     du, ddt,  # [B, T, D]
     dB, dC,  # [splits, B, G, T, NP] float32: sums over one split of the channels
-    dA,  # [spans * B, D, N] float32: sums over the tokens of one span of tiles
+    dA,  # [spans * B, N, D] float32: sums over the tokens of one span of tiles
     dskip, dbias,  # [spans * B, D] float32
-    T, D, N, groups, span, splits,
-    CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_SKIP: tl.constexpr, M: tl.constexpr,
-    NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    T, D, N, per_group, groups, span, splits,
+    CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr, M: tl.constexpr,
+    NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the layer's own stream, for one split of a group's channels and `span` tiles; grid (G splits, B, spans)."""
-    group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    group, split, begin, end = own_share(per_group, splits, BLOCK)
     batch = tl.program_id(1).to(tl.int64)
-    batches = tl.num_programs(1)
-    per_group = D // groups
-    share = tl.cdiv(tl.cdiv(per_group, BLOCK), splits) * BLOCK
-    begin, end = split * share, tl.minimum(split * share + share, per_group)
     tiles = tl.cdiv(T, TILE)
-    n = tl.arange(0, NP)
-    home = (tl.program_id(2) * batches + batch) * D
+    n, j = tl.arange(0, NP), tl.arange(0, TILE)
+    home = (tl.program_id(2) * tl.num_programs(1) + batch) * D
     first = tl.program_id(2) * span
-    for walked in range(0, tl.minimum(span, tiles - first)):
-        tile = first + walked
-        B_sums, C_sums = (), ()
-        for j in tl.static_range(TILE):
-            B_sums = B_sums + (tl.zeros([BLOCK, NP], tl.float32),)
-            C_sums = C_sums + (tl.zeros([BLOCK, NP], tl.float32),)
-        for place in range(begin, end, BLOCK):
-            channel = group * per_group + place + tl.arange(0, BLOCK)
+    for tile in range(first, tl.minimum(first + span, tiles)):
+        t = tile * TILE + j
+        live = (t < T)[:, None]
+        B_sums = tl.zeros([TILE, NP, BLOCK], tl.float32)
+        C_sums = tl.zeros([TILE, NP, BLOCK], tl.float32)
+        for place in tl.range(begin, end, BLOCK, num_stages=STAGES):
             exists = place + tl.arange(0, BLOCK) < end
+            channel = group * per_group + place + tl.arange(0, BLOCK)
             mask = exists[:, None] & (n < N)[None, :]
-            offsets = channel[:, None] * N + n[None, :]
-            h, rates, biases = (), (), ()
-            for i in tl.static_range(M + 1):
-                h = h + (tl.load(kept + piece_offset(i, tile, tiles, D, N) + offsets, mask=mask, other=0.0),)
-                rates = rates + (tl.load(A + i * D * N + offsets, mask=mask, other=0.0),)
-                biases = biases + (tl.load(bias + i * D + channel, mask=exists, other=0.0),)
-            s = tl.load(ends + piece_offset(0, tile, tiles, D, N) + offsets, mask=mask, other=0.0)
-            states, values, steps, slopes, grads, sums = (h[0],), (), (), (), (), ()
-            for j in tl.static_range(TILE):
-                t = tile * TILE + j
-                here = exists & (t + channel * 0 < T)
-                value = read(tokens[0], strides[0], batch, t, channel, here)
-                x = read(tokens[M + 1], strides[M + 1], batch, t, channel, here) + biases[0]
-                grad = read(tokens[3 * M + 2], strides[3 * M + 2], batch, t, channel, here)
-                step = tl.where(t < T, activate(x, SOFTPLUS), 0.0)
-                a = exp2(rates[0] * (step * LOG2_E)[:, None])
-                B = tl.load(shared + ((batch * groups + group) * padded + PAD + t) * NP + n)
-                state = a * h[0] + B[None, :] * (step * value)[:, None]
-                fused = state
-                others = ()
-                for i in tl.static_range(1, M + 1):
-                    gate = read(tokens[2 * M + 1 + i], strides[2 * M + 1 + i], batch, t, channel, here)
-                    other_x = read(tokens[M + 1 + i], strides[M + 1 + i], batch, t, channel, here) + biases[i]
-                    other_step = tl.where(t < T, activate(other_x, SOFTPLUS), 0.0)
-                    inflow = other_step * read(tokens[i], strides[i], batch, t, channel, here)
-                    other_B = tl.load(shared + (((i * batches + batch) * groups + group) * padded + PAD + t) * NP + n)
-                    other = exp2(rates[i] * (other_step * LOG2_E)[:, None]) * h[i] + other_B[None, :] * inflow[:, None]
-                    fused += gate[:, None] * other
-                    others = others + (other,)
-                if CARRIED:
-                    state = fused
-                h = (state,) + others
-                sums = sums + (C_sums[j] + fused * grad[:, None],)
-                states, values, steps = states + (state,), values + (value,), steps + (step,)
-                slopes, grads = slopes + (slope(x, SOFTPLUS),), grads + (grad,)
-            C_sums, reverse_sums = sums, ()
-            A_sum = tl.zeros([BLOCK, NP], tl.float32)
-            skip_sum, bias_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+            offsets = state_offsets(channel, n, D)
+            rows = fetch(tokens, strides, batch, t, channel, live & exists[None, :])
+            shared = fetch_shared(tables, table_strides, batch, group, t, n, live & (n < N)[None, :])
+            h = load_states(kept + piece_offset(0, tile, tiles, D, N), offsets, mask)
+            s = load_states(ends + piece_offset(0, tile, tiles, D, N), offsets, mask)
+            rate = load_states(A, offsets, mask)
+            B = shared[0].to(tl.float32)[:, :, None]
+            value = rows[0].to(tl.float32)
+            x = rows[M + 1].to(tl.float32) + tl.load(bias + channel, mask=exists, other=0.0)[None, :]
+            step = tl.where(live, activate(x, SOFTPLUS), 0.0)
+            grad = opened(rows, 3 * M + 2, HAS_Z)
+            a = exp2((rate * LOG2_E)[None, :, :] * step[:, None, :])
+            b = B * (step * value)[:, None, :]
+            inflow = tl.zeros([TILE, NP, BLOCK], tl.float32)
+            for i in tl.static_range(1, M + 1):
+                other_bias = tl.load(bias + i * D + channel, mask=exists, other=0.0)[None, :]
+                other_step = tl.where(live, activate(rows[M + 1 + i].to(tl.float32) + other_bias, SOFTPLUS), 0.0)
+                other_decay = load_states(A + i * D * N, offsets, mask) * LOG2_E
+                other_h = load_states(kept + piece_offset(i, tile, tiles, D, N), offsets, mask)
+                other_b = shared[i].to(tl.float32)[:, :, None] * (other_step * rows[i].to(tl.float32))[:, None, :]
+                other_a = exp2(other_decay[None, :, :] * other_step[:, None, :])
+                others_before, others = replay(other_a, other_b, other_h, j, TILE)
+                inflow += rows[2 * M + 1 + i].to(tl.float32)[:, None, :] * others
+            if CARRIED:
+                b += inflow
+            before, fused = replay(a, b, h, j, TILE)
+            if M > 0 and not CARRIED:
+                fused += inflow
+            C_sums += fused * grad[:, None, :]
+            dh, none = walk_back(a, shared[M + 1].to(tl.float32)[:, :, None] * grad[:, None, :], s, j, TILE, False)
+            B_sums += dh * (step * value)[:, None, :]
+            flow = tl.sum(dh * B, axis=1)
+            lost = a * dh * before
+            x_grad = (flow * value + tl.sum(lost * rate[None, :, :], axis=1)) * slope(x, SOFTPLUS)
+            x_grad = tl.where(live, x_grad, 0.0)
+            value_grad = flow * step
             if HAS_SKIP:
-                skips = tl.load(skip + channel, mask=exists, other=0.0)
-            for j in tl.static_range(TILE - 1, -1, -1):
-                t = tile * TILE + j
-                B = tl.load(shared + ((batch * groups + group) * padded + PAD + t) * NP + n)
-                C = tl.load(shared + ((((M + 1) * batches + batch) * groups + group) * padded + PAD + t) * NP + n)
-                dh = s + C[None, :] * grads[j][:, None]
-                reverse_sums = reverse_sums + (B_sums[j] + dh * (steps[j] * values[j])[:, None],)
-                s, A_share, flow, fall = step_back(dh, states[j], B, rates[0], steps[j])
-                A_sum += A_share
-                value_grad = flow * steps[j]
-                if HAS_SKIP:
-                    value_grad += skips * grads[j]
-                    skip_sum += grads[j] * values[j]
-                x_grad = (flow * values[j] + fall) * slopes[j]
-                bias_sum += tl.where(t < T, x_grad, 0.0)
-                here = exists & (t + channel * 0 < T)
-                out = (batch * T + t) * D + channel
-                tl.store(du + out, value_grad.to(du.dtype.element_ty), mask=here)
-                tl.store(ddt + out, x_grad.to(ddt.dtype.element_ty), mask=here)
-            B_sums = ()
-            for j in tl.static_range(TILE):
-                B_sums = B_sums + (reverse_sums[TILE - 1 - j],)
-            accumulate(dA + home * N + offsets, A_sum, tile == first, mask)
-            accumulate(dbias + home + channel, bias_sum, tile == first, exists)
-            if HAS_SKIP:
-                accumulate(dskip + home + channel, skip_sum, tile == first, exists)
-        for j in tl.static_range(TILE):
-            t = tile * TILE + j
-            out = (((split * batches + batch) * groups + group) * T + t) * NP + n
-            tl.store(dB + out, tl.sum(B_sums[j], axis=0), mask=t + n * 0 < T)
-            tl.store(dC + out, tl.sum(C_sums[j], axis=0), mask=t + n * 0 < T)
+                value_grad += tl.load(skip + channel, mask=exists, other=0.0)[None, :] * grad
+                accumulate(dskip + home, channel, tl.sum(grad * value, axis=0), tile == first, exists)
+            out = (batch * T + t.to(tl.int64))[:, None] * D + channel[None, :]
+            tl.store(du + out, value_grad.to(du.dtype.element_ty), mask=live & exists[None, :])
+            tl.store(ddt + out, x_grad.to(ddt.dtype.element_ty), mask=live & exists[None, :])
+            accumulate(dA + home * N, offsets, tl.trans(tl.sum(lost * step[:, None, :], axis=0)), tile == first, mask)
+            accumulate(dbias + home, channel, tl.sum(x_grad, axis=0), tile == first, exists)
+        store_shared(dB, split, group, groups, t, n, T, NP, tl.sum(B_sums, axis=2))
+        store_shared(dC, split, group, groups, t, n, T, NP, tl.sum(C_sums, axis=2))
 
 
-@triton.jit(do_not_specialize=["T", "padded", "span", "splits", "stream", "streams"])
+@triton.jit(do_not_specialize=["T", "span", "splits", "groups", "stream"])
 def source_gradients(
-    tokens, strides,  # [B, T, D] each: the source's u and dt, the own dt, the source's gate, dy
-    shared, padded, stream, streams,  # as in `forward`; which of the `streams` = m + 1 streams the source is
+    tokens, strides,  # [B, T, D] each: the source's u and dt, the own dt, the source's gate, the output's gradient, z
+    tables, table_strides, stream,  # the source's B, and C; which stream the source is
     A, bias,
-    kept, ends,  # [m + 1, B, tiles, D, N]
+    kept, ends,  # [m + 1, B, tiles, N, D]
     du, ddt, dgate,  # [B, T, D]
     dB,  # [splits, B, G, T, NP] float32
-    dA, dbias,  # [spans * B, D, N] and [spans * B, D], float32
-    T, D, N, groups, span, splits,
-    CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    dA, dbias,  # [spans * B, N, D] and [spans * B, D], float32
+    T, D, N, per_group, groups, span, splits,
+    CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr,
+    NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one source, as `own_gradients`: its states receive gate x (CARRIED: own states' gradient, else C dy)."""
-    group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    group, split, begin, end = own_share(per_group, splits, BLOCK)
     batch = tl.program_id(1).to(tl.int64)
-    batches = tl.num_programs(1)
-    per_group = D // groups
-    share = tl.cdiv(tl.cdiv(per_group, BLOCK), splits) * BLOCK
-    begin, end = split * share, tl.minimum(split * share + share, per_group)
     tiles = tl.cdiv(T, TILE)
-    n = tl.arange(0, NP)
-    home = (tl.program_id(2) * batches + batch) * D
+    n, j = tl.arange(0, NP), tl.arange(0, TILE)
+    home = (tl.program_id(2) * tl.num_programs(1) + batch) * D
     first = tl.program_id(2) * span
-    pB = shared + (((stream * batches + batch) * groups + group) * padded + PAD) * NP + n
-    pC = shared + (((streams * batches + batch) * groups + group) * padded + PAD) * NP + n
-    for walked in range(0, tl.minimum(span, tiles - first)):
-        tile = first + walked
-        B_sums = ()
-        for j in tl.static_range(TILE):
-            B_sums = B_sums + (tl.zeros([BLOCK, NP], tl.float32),)
-        for place in range(begin, end, BLOCK):
-            channel = group * per_group + place + tl.arange(0, BLOCK)
+    for tile in range(first, tl.minimum(first + span, tiles)):
+        t = tile * TILE + j
+        live = (t < T)[:, None]
+        B_sums = tl.zeros([TILE, NP, BLOCK], tl.float32)
+        for place in tl.range(begin, end, BLOCK, num_stages=STAGES):
             exists = place + tl.arange(0, BLOCK) < end
+            channel = group * per_group + place + tl.arange(0, BLOCK)
             mask = exists[:, None] & (n < N)[None, :]
-            offsets = channel[:, None] * N + n[None, :]
-            h = tl.load(kept + piece_offset(stream, tile, tiles, D, N) + offsets, mask=mask, other=0.0)
-            s = tl.load(ends + piece_offset(stream, tile, tiles, D, N) + offsets, mask=mask, other=0.0)
-            own_s = tl.load(ends + piece_offset(0, tile, tiles, D, N) + offsets, mask=mask, other=0.0)
-            own_rate = tl.load(A + offsets, mask=mask, other=0.0)
-            rate = tl.load(A + stream * D * N + offsets, mask=mask, other=0.0)
-            own_bias = tl.load(bias + channel, mask=exists, other=0.0)
-            other_bias = tl.load(bias + stream * D + channel, mask=exists, other=0.0)
-            states, values, steps, slopes = (h,), (), (), ()
-            for j in tl.static_range(TILE):
-                t = tile * TILE + j
-                here = exists & (t + channel * 0 < T)
-                value = read(tokens[0], strides[0], batch, t, channel, here)
-                x = read(tokens[1], strides[1], batch, t, channel, here) + other_bias
-                step = tl.where(t < T, activate(x, SOFTPLUS), 0.0)
-                h = exp2(rate * (step * LOG2_E)[:, None]) * h + tl.load(pB + t * NP)[None, :] * (step * value)[:, None]
-                states = states + (h,)
-                values, steps, slopes = values + (value,), steps + (step,), slopes + (slope(x, SOFTPLUS),)
-            reverse_sums = ()
-            A_sum = tl.zeros([BLOCK, NP], tl.float32)
-            bias_sum = tl.zeros([BLOCK], tl.float32)
-            for j in tl.static_range(TILE - 1, -1, -1):
-                t = tile * TILE + j
-                here = exists & (t + channel * 0 < T)
-                gate = read(tokens[3], strides[3], batch, t, channel, here)
-                inflow = tl.load(pC + t * NP)[None, :] * read(tokens[4], strides[4], batch, t, channel, here)[:, None]
-                if CARRIED:
-                    inflow += own_s
-                    own_x = read(tokens[2], strides[2], batch, t, channel, here) + own_bias
-                    own_step = tl.where(t < T, activate(own_x, SOFTPLUS), 0.0)
-                    own_s = exp2(own_rate * (own_step * LOG2_E)[:, None]) * inflow
-                dh = s + gate[:, None] * inflow
-                B = tl.load(pB + t * NP)
-                reverse_sums = reverse_sums + (B_sums[j] + dh * (steps[j] * values[j])[:, None],)
-                s, A_share, flow, fall = step_back(dh, states[j], B, rate, steps[j])
-                A_sum += A_share
-                x_grad = (flow * values[j] + fall) * slopes[j]
-                bias_sum += tl.where(t < T, x_grad, 0.0)
-                out = (batch * T + t) * D + channel
-                tl.store(du + out, (flow * steps[j]).to(du.dtype.element_ty), mask=here)
-                tl.store(ddt + out, x_grad.to(ddt.dtype.element_ty), mask=here)
-                gate_grad = tl.sum(inflow * states[j + 1], axis=1)
-                tl.store(dgate + out, gate_grad.to(dgate.dtype.element_ty), mask=here)
-            B_sums = ()
-            for j in tl.static_range(TILE):
-                B_sums = B_sums + (reverse_sums[TILE - 1 - j],)
-            accumulate(dA + home * N + offsets, A_sum, tile == first, mask)
-            accumulate(dbias + home + channel, bias_sum, tile == first, exists)
-        for j in tl.static_range(TILE):
-            t = tile * TILE + j
-            out = (((split * batches + batch) * groups + group) * T + t) * NP + n
-            tl.store(dB + out, tl.sum(B_sums[j], axis=0), mask=t + n * 0 < T)
+            offsets = state_offsets(channel, n, D)
+            rows = fetch(tokens, strides, batch, t, channel, live & exists[None, :])
+            shared = fetch_shared(tables, table_strides, batch, group, t, n, live & (n < N)[None, :])
+            h = load_states(kept + piece_offset(stream, tile, tiles, D, N), offsets, mask)
+            s = load_states(ends + piece_offset(stream, tile, tiles, D, N), offsets, mask)
+            rate = load_states(A + stream * D * N, offsets, mask)
+            B = shared[0].to(tl.float32)[:, :, None]
+            value = rows[0].to(tl.float32)
+            x = rows[1].to(tl.float32) + tl.load(bias + stream * D + channel, mask=exists, other=0.0)[None, :]
+            step = tl.where(live, activate(x, SOFTPLUS), 0.0)
+            inflow = shared[1].to(tl.float32)[:, :, None] * opened(rows, 4, HAS_Z)[:, None, :]
+            if CARRIED:
+                own_s = load_states(ends + piece_offset(0, tile, tiles, D, N), offsets, mask)
+                own_x = rows[2].to(tl.float32) + tl.load(bias + channel, mask=exists, other=0.0)[None, :]
+                own_step = tl.where(live, activate(own_x, SOFTPLUS), 0.0)
+                own_a = exp2((load_states(A, offsets, mask) * LOG2_E)[None, :, :] * own_step[:, None, :])
+                inflow, own_start = walk_back(own_a, inflow, own_s, j, TILE, False)
+            a = exp2((rate * LOG2_E)[None, :, :] * step[:, None, :])
+            before, after = replay(a, B * (step * value)[:, None, :], h, j, TILE)
+            dh, none = walk_back(a, rows[3].to(tl.float32)[:, None, :] * inflow, s, j, TILE, False)
+            B_sums += dh * (step * value)[:, None, :]
+            flow = tl.sum(dh * B, axis=1)
+            lost = a * dh * before
+            x_grad = (flow * value + tl.sum(lost * rate[None, :, :], axis=1)) * slope(x, SOFTPLUS)
+            x_grad = tl.where(live, x_grad, 0.0)
+            out = (batch * T + t.to(tl.int64))[:, None] * D + channel[None, :]
+            gate_grad = tl.sum(inflow * after, axis=1)
+            tl.store(du + out, (flow * step).to(du.dtype.element_ty), mask=live & exists[None, :])
+            tl.store(ddt + out, x_grad.to(ddt.dtype.element_ty), mask=live & exists[None, :])
+            tl.store(dgate + out, gate_grad.to(dgate.dtype.element_ty), mask=live & exists[None, :])
+            accumulate(dA + home * N, offsets, tl.trans(tl.sum(lost * step[:, None, :], axis=0)), tile == first, mask)
+            accumulate(dbias + home, channel, tl.sum(x_grad, axis=0), tile == first, exists)
+        store_shared(dB, split, group, groups, t, n, T, NP, tl.sum(B_sums, axis=2))

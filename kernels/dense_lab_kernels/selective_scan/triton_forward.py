@@ -1,13 +1,15 @@
-"""Forward kernels of the selective scan: walk the tokens with the states in registers.
+"""Forward kernels of the selective scan: tiles of tokens, with the states in registers from tile to tile.
 
-A program owns BLOCK channels of one group, with all N states of a channel in one thread where they fit, and walks its
-segment of tokens in order: one multiply-add per state and token, no scan tree, and the sum over N needs no other thread.
+A program owns BLOCK channels of one group and walks its segment TILE tokens at a time. Steps, decays and inflows of a tile
+are computed at once as [TILE, NP, BLOCK]; then one multiply-add per state and token makes the states, in order: no scan
+tree. The decays of a tile do not wait for each other, so that one warp keeps the special-function unit busy.
+Rows and shared rows (B, C) of the next tile are fetched while the present one is computed.
 Long sequences with few channels are cut in segments: one walk from zero finds each segment's end state, `join` hands the
 states on from segment to segment, and a second walk starts from them. The decay over a segment needs no product:
 it is exp(A * sum of dt).
 
 Letters: B batch, T tokens, D channels, N states, G groups; m sources. A *stream* is one recurrence: 0 is the layer's own,
-1 .. m the sources. State buffers are [m + 1, B, K, D, N] with K pieces of time; a tile of states is [N, BLOCK].
+1 .. m the sources. State buffers are [m + 1, B, K, N, D] with K pieces of time.
 """
 
 from __future__ import annotations
@@ -15,10 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_lab_kernels._triton import INTERPRETED
+from dense_lab_kernels._triton import INTERPRETED, sigmoid
 
 _FAST_EXP = tl.constexpr(not INTERPRETED)
-PAD = tl.constexpr(8)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -45,16 +46,6 @@ def reciprocal(x):
 
 
 @triton.jit
-def sigmoid(x):
-    return reciprocal(1.0 + exp2(-x * LOG2_E))
-
-
-@triton.jit
-def silu(x):
-    return x * sigmoid(x)
-
-
-@triton.jit
 def activate(x, SOFTPLUS: tl.constexpr):
     """The step dt, from dt + dt_bias.
 
@@ -71,9 +62,26 @@ def activate(x, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def own_channels(D, groups, BLOCK: tl.constexpr):
+def pick(x, place, AXIS: tl.constexpr):
+    """The slice of x where `place` is true. Threads hold that axis whole, so that the compiler leaves no instruction:
+    adding -0.0 to a number changes nothing."""
+    return tl.sum(tl.where(place, x, -0.0), axis=AXIS)
+
+
+@triton.jit
+def scan(a, b, h, j, TILE: tl.constexpr):
+    """h_j = a_j h_{j-1} + b_j over the first axis, [TILE, NP, BLOCK]; the last state too, [NP, BLOCK]."""
+    states = b
+    for k in tl.static_range(TILE):
+        here = (j == k)[:, None, None]
+        h = pick(a, here, 0) * h + pick(b, here, 0)
+        states = tl.where(here, h[None, :, :], states)
+    return states, h
+
+
+@triton.jit
+def own_channels(per_group, BLOCK: tl.constexpr):
     """Channels of this program (all of one group), which of them exist, and the group; program axis 0."""
-    per_group = D // groups
     blocks = tl.cdiv(per_group, BLOCK)
     group = tl.program_id(0) // blocks
     within = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -81,233 +89,173 @@ def own_channels(D, groups, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def state_offsets(channel, n, N):
-    """Offsets [BLOCK, NP] of the states of one token in [D, N].
+def state_offsets(channel, n, D):
+    """Offsets [BLOCK, NP] of the states of one token in [N, D].
 
-    The compiler is told that nothing lies side by side: it then gives every thread whole channels (the sum over N stays
-    within a thread, no step is computed twice) instead of 16 bytes of one, which only these rare accesses would like.
+    The compiler is told that nothing lies side by side: it then gives neighbouring threads neighbouring channels, as the
+    computation wants them, instead of 16 bytes to a thread, which only these rare accesses would like.
     """
-    return tl.max_contiguous(channel[:, None] * N + n[None, :], [1, 1])
+    return tl.max_contiguous(channel[:, None] + n[None, :] * D, [1, 1])
+
+
+@triton.jit
+def load_states(pointer, offsets, mask):
+    """[NP, BLOCK]"""
+    return tl.trans(tl.load(pointer + offsets, mask=mask, other=0.0))
+
+
+@triton.jit
+def store_states(pointer, offsets, mask, states):
+    tl.store(pointer + offsets, tl.trans(states), mask=mask)
 
 
 @triton.jit
 def piece_offset(stream, piece, pieces, D, N):
-    """Where the states of one piece of time begin in a buffer [m + 1, B, K, D, N]; the batch is program axis 1."""
+    """Where the states of one piece of time begin in a buffer [m + 1, B, K, N, D]; the batch is program axis 1."""
     return ((stream * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * pieces + piece) * D * N
 
 
 @triton.jit
-def fetch(pointers, strides, j, mask):
-    """Token j after the pointers, of every tensor, still in its own type; strides are pairs (batch, token)."""
+def fetch(tokens, strides, batch, t, channel, mask):
+    """Tokens t of every tensor [B, T, D], [TILE, BLOCK], still in their own types; zeros where masked."""
     result = ()
-    for i in tl.static_range(len(pointers)):
-        result = result + (tl.load(pointers[i] + j * strides[i][1], mask=mask),)
+    for i in tl.static_range(len(tokens)):
+        place = batch * strides[i][0] + t.to(tl.int64)[:, None] * strides[i][1] + channel[None, :]
+        result = result + (tl.load(tokens[i] + place, mask=mask, other=0.0),)
     return result
 
 
 @triton.jit
-def fetch_shared(tables, j, NP: tl.constexpr):
-    """Token j after the pointers, of every B and C; they are padded to NP states, and PAD tokens at both ends."""
+def fetch_shared(tables, strides, batch, group, t, n, mask):
+    """Tokens t of every B and C, [TILE, NP], still in their own types; zeros where masked."""
     result = ()
     for i in tl.static_range(len(tables)):
-        result = result + (tl.load(tables[i] + j * NP),)
+        place = batch * strides[i][0] + (group // strides[i][3]) * strides[i][2]
+        place += t.to(tl.int64)[:, None] * strides[i][1] + n[None, :]
+        result = result + (tl.load(tables[i] + place, mask=mask, other=0.0),)
     return result
 
 
 @triton.jit
-def placed(pointers, strides, t):
-    """The pointers at token t."""
-    result = ()
-    for i in tl.static_range(len(pointers)):
-        result = result + (pointers[i] + t.to(tl.int64) * strides[i][1],)
-    return result
+def keep(kept, h, piece, pieces, offsets, mask, D, N):
+    for i in tl.static_range(len(h)):
+        store_states(kept + piece_offset(i, piece, pieces, D, N), offsets, mask, h[i])
 
 
-@triton.jit
-def shifted(pointers, distance):
-    result = ()
-    for i in tl.static_range(len(pointers)):
-        result = result + (pointers[i] + distance,)
-    return result
-
-
-@triton.jit
-def keep(kept, h, t, every, T, offsets, mask, D, N):
-    """Store the states before token t, when its turn has come."""
-    if t % every == 0:
-        for i in tl.static_range(len(h)):
-            tl.store(kept + piece_offset(i, t // every, tl.cdiv(T, every), D, N) + offsets, h[i], mask=mask)
-
-
-@triton.jit
-def advance(
-    h, cross, product, sums,  # states, couplings, decay products [BLOCK, NP] and sums of dt [BLOCK] of the streams
-    rows,  # of STEPS tokens: u and dt of every stream, the gates, z; [BLOCK] each
-    shared,  # of AHEAD tokens: B of every stream, C; [NP] each
-    pointers, strides,  # to the rows of the next STEPS tokens
-    tables,  # to B and C of the present tokens
-    decay, bias, skip,  # A log2(e) [BLOCK, NP] and dt_bias [BLOCK] of the streams; D [BLOCK]
-    out, raw, D, exists,
-    CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr,
-    OUTPUT: tl.constexpr, RAW: tl.constexpr, SUMS: tl.constexpr, M: tl.constexpr, NP: tl.constexpr,
-    STEPS: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr,
-):  # fmt: skip
-    """Walk STEPS tokens. MORE: fetch the row STEPS tokens on, and B and C AHEAD tokens on, as soon as a token is done."""
-    next_rows = ()
-    wide: tl.constexpr = len(rows) // STEPS
-    deep: tl.constexpr = len(tables)
-    for j in tl.static_range(STEPS):
-        value = rows[j * wide].to(tl.float32)
-        step = activate(rows[j * wide + M + 1].to(tl.float32) + bias[0], SOFTPLUS)
-        a = exp2(decay[0] * step[:, None])
-        state = a * h[0] + shared[j * deep][None, :] * (step * value)[:, None]
-        fused = state
-        others, other_cross, other_product, totals = (), (), (), ()
-        for i in tl.static_range(1, M + 1):
-            open_ = rows[j * wide + 2 * M + 1 + i].to(tl.float32)[:, None]
-            other_step = activate(rows[j * wide + M + 1 + i].to(tl.float32) + bias[i], SOFTPLUS)
-            other_a = exp2(decay[i] * other_step[:, None])
-            inflow = other_step * rows[j * wide + i].to(tl.float32)
-            other = other_a * h[i] + shared[j * deep + i][None, :] * inflow[:, None]
-            fused += open_ * other
-            others = others + (other,)
-            if SUMS:
-                totals = totals + (sums[i] + other_step,)
-                if CARRIED:
-                    other_product = other_product + (product[i - 1] * other_a,)
-                    other_cross = other_cross + (a * cross[i - 1] + open_ * product[i - 1] * other_a,)
-        if CARRIED:
-            state = fused
-        h = (state,) + others
-        if SUMS:
-            sums = (sums[0] + step,) + totals
-            if CARRIED:
-                cross, product = other_cross, other_product
-        if OUTPUT:
-            y = tl.sum(fused * shared[j * deep + M + 1][None, :], axis=1)
-            if HAS_SKIP:
-                y += skip * value
-            if RAW:
-                tl.store(raw + j * D, y.to(raw.dtype.element_ty), mask=exists)
-            if HAS_Z:
-                y *= silu(rows[j * wide + 3 * M + 2].to(tl.float32))
-            tl.store(out + j * D, y.to(out.dtype.element_ty), mask=exists)
-        if MORE:
-            next_rows = next_rows + fetch(pointers, strides, j, exists)
-            shared = shared + fetch_shared(tables, j + AHEAD, NP)
-    next_shared = ()
-    if MORE:
-        for k in tl.static_range(AHEAD * deep):
-            next_shared = next_shared + (shared[STEPS * deep + k],)
-    return h, cross, product, sums, next_rows, next_shared
-
-
-@triton.jit(do_not_specialize=["T", "segment", "every", "padded"])
+@triton.jit(do_not_specialize=["T", "segment", "every"])
 def forward(
     tokens, strides,  # [B, T, D] each: u of every stream, dt of every stream, the gates, z if any; (batch, token) strides
-    shared, padded,  # [m + 2, B, G, padded = T + 2 PAD, NP] in float32: B of every stream, C
-    A, bias, skip,  # [m + 1, D, N], [m + 1, D] and [D], float32
-    entry,  # [m + 1, B, segments, D, N]: the states at the start of every segment
+    tables, table_strides,  # [B, T, G, N] each: B of every stream, C; (batch, token, group) strides, groups that share one
+    A, bias, skip,  # [m + 1, N, D], [m + 1, D] and [D], float32
+    entry,  # [m + 1, B, segments, N, D]: the states at the start of every segment
     out, raw,  # [B, T, D]; raw: y before the gate, for the backward
-    kept,  # [m + 1, B, ceil(T / every), D, N]: the states before every `every` tokens
-    last,  # [m + 1, B, segments, D, N]: the states at the end of every segment
-    crossed, spans,  # [m, B, segments, D, N] couplings of the sources to the own state; [m + 1, B, segments, D] sums of dt
-    T, D, N, groups, segment, every,
+    kept,  # [m + 1, B, ceil(T / every), N, D]: the states before every `every` tokens
+    last,  # [m + 1, B, segments, N, D]: the states at the end of every segment
+    crossed, spans,  # [m, B, segments, N, D] couplings of the sources to the own state; [m + 1, B, segments, D] sums of dt
+    T, D, N, per_group, segment, every,
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr,
     OUTPUT: tl.constexpr, RAW: tl.constexpr, KEEP: tl.constexpr, SUMS: tl.constexpr,
-    M: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
+    M: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment for BLOCK channels of one batch element; grid (channel blocks, B, segments).
 
     OUTPUT: compute the layer's output. KEEP: store the states every `every` tokens. SUMS: store what `join` needs.
     """
-    channel, exists, group = own_channels(D, groups, BLOCK)
+    channel, exists, group = own_channels(per_group, BLOCK)
     n = tl.arange(0, NP)
-    offsets = state_offsets(channel, n, N)
+    j = tl.arange(0, TILE)
+    offsets = state_offsets(channel, n, D)
     tile_mask = exists[:, None] & (n < N)[None, :]
     batch = tl.program_id(1).to(tl.int64)
     piece, segments = tl.program_id(2), tl.num_programs(2)
     begin = piece * segment
     end = tl.minimum(begin + segment, T)
 
-    h, decay, biases, pointers, tables, cross, product, sums = (), (), (), (), (), (), (), ()
+    h, decay, biases, cross, product, sums = (), (), (), (), (), ()
     for i in tl.static_range(M + 1):
-        h = h + (tl.load(entry + piece_offset(i, piece, segments, D, N) + offsets, mask=tile_mask, other=0.0),)
-        decay = decay + (tl.load(A + i * D * N + offsets, mask=tile_mask, other=0.0) * LOG2_E,)
-        biases = biases + (tl.load(bias + i * D + channel, mask=exists),)
-    for i in tl.static_range(len(tokens)):
-        pointers = pointers + (tokens[i] + batch * strides[i][0] + channel,)
-    for i in tl.static_range(M + 1 + OUTPUT):
-        tables = tables + (shared + (((i * tl.num_programs(1) + batch) * groups + group) * padded + PAD + begin) * NP + n,)
-    if SUMS:
-        for i in tl.static_range(M + 1):
+        h = h + (load_states(entry + piece_offset(i, piece, segments, D, N), offsets, tile_mask),)
+        decay = decay + (load_states(A + i * D * N, offsets, tile_mask) * LOG2_E,)
+        biases = biases + (tl.load(bias + i * D + channel, mask=exists, other=0.0),)
+        if SUMS:
             sums = sums + (tl.zeros([BLOCK], tl.float32),)
-        if CARRIED:
-            for i in tl.static_range(M):
-                cross = cross + (tl.zeros([BLOCK, NP], tl.float32),)
-                product = product + (tl.full([BLOCK, NP], 1.0, tl.float32),)
+            if CARRIED and i:
+                cross = cross + (tl.zeros([NP, BLOCK], tl.float32),)
+                product = product + (tl.full([NP, BLOCK], 1.0, tl.float32),)
     skips = biases[0]
     if HAS_SKIP:
-        skips = tl.load(skip + channel, mask=exists)
-    pout = out + (batch * T + begin) * D + channel
-    praw = raw + (batch * T + begin) * D + channel
+        skips = tl.load(skip + channel, mask=exists, other=0.0)
 
-    whole = begin + (end - begin) // STEPS * STEPS
-    rows, B_and_C = (), ()
-    start = placed(pointers, strides, begin)
-    for j in tl.static_range(STEPS):
-        rows = rows + fetch(start, strides, j, exists & (channel * 0 + begin < whole))
-    for j in tl.static_range(AHEAD):
-        B_and_C = B_and_C + fetch_shared(tables, j, NP)
-    for walked in range(0, whole - begin, STEPS):
-        t = begin + walked
+    for t0 in tl.range(begin, end, TILE, num_stages=STAGES):
+        t = t0 + j
+        live = (t < end)[:, None]
+        rows = fetch(tokens, strides, batch, t, channel, live & exists[None, :])
+        shared = fetch_shared(tables, table_strides, batch, group, t, n, live & (n < N)[None, :])
         if KEEP:
-            keep(kept, h, t, every, T, offsets, tile_mask, D, N)
-        h, cross, product, sums, rows, B_and_C = advance(
-            h, cross, product, sums, rows, B_and_C,
-            placed(pointers, strides, tl.minimum(t + STEPS, whole - STEPS)), strides, tables,
-            decay, biases, skips, pout, praw, D, exists,
-            CARRIED, SOFTPLUS, HAS_Z, HAS_SKIP, OUTPUT, RAW, SUMS, M, NP, STEPS, AHEAD, True)  # fmt: skip
-        tables = shifted(tables, STEPS * NP)
-        pout += D * STEPS
-        praw += D * STEPS
-    for walked in range(0, end - whole):
-        t = whole + walked
-        if KEEP:
-            keep(kept, h, t, every, T, offsets, tile_mask, D, N)
-        one_row = fetch(placed(pointers, strides, t), strides, 0, exists)
-        one_B_and_C = fetch_shared(tables, 0, NP)
-        h, cross, product, sums, none, nothing = advance(
-            h, cross, product, sums, one_row, one_B_and_C, pointers, strides, tables,
-            decay, biases, skips, pout, praw, D, exists,
-            CARRIED, SOFTPLUS, HAS_Z, HAS_SKIP, OUTPUT, RAW, SUMS, M, NP, 1, 1, False)  # fmt: skip
-        tables = shifted(tables, NP)
-        pout += D
-        praw += D
+            if t0 % every == 0:
+                keep(kept, h, t0 // every, tl.cdiv(T, every), offsets, tile_mask, D, N)
+        ends, totals, next_cross, next_product = (), (), (), ()
+        inflow = tl.zeros([TILE, NP, BLOCK], tl.float32)
+        step = tl.where(live, activate(rows[M + 1].to(tl.float32) + biases[0][None, :], SOFTPLUS), 0.0)
+        a = exp2(decay[0][None, :, :] * step[:, None, :])
+        for i in tl.static_range(1, M + 1):
+            other_step = tl.where(live, activate(rows[M + 1 + i].to(tl.float32) + biases[i][None, :], SOFTPLUS), 0.0)
+            other_a = exp2(decay[i][None, :, :] * other_step[:, None, :])
+            other_b = shared[i].to(tl.float32)[:, :, None] * (other_step * rows[i].to(tl.float32))[:, None, :]
+            other, other_end = scan(other_a, other_b, h[i], j, TILE)
+            gate = rows[2 * M + 1 + i].to(tl.float32)[:, None, :]
+            inflow += gate * other
+            ends = ends + (other_end,)
+            if SUMS:
+                totals = totals + (sums[i] + tl.sum(other_step, axis=0),)
+                if CARRIED:
+                    products, product_end = scan(other_a, tl.zeros_like(other_a), product[i - 1], j, TILE)
+                    crosses, cross_end = scan(a, gate * products, cross[i - 1], j, TILE)
+                    next_product, next_cross = next_product + (product_end,), next_cross + (cross_end,)
+        value = rows[0].to(tl.float32)
+        b = shared[0].to(tl.float32)[:, :, None] * (step * value)[:, None, :]
+        if CARRIED:
+            b += inflow
+        states, own_end = scan(a, b, h[0], j, TILE)
+        if M > 0 and not CARRIED:
+            states += inflow
+        h = (own_end,) + ends
+        if SUMS:
+            sums = (sums[0] + tl.sum(step, axis=0),) + totals
+            cross, product = next_cross, next_product
+        if OUTPUT:
+            y = tl.sum(states * shared[M + 1].to(tl.float32)[:, :, None], axis=1)
+            place = (batch * T + t.to(tl.int64))[:, None] * D + channel[None, :]
+            if HAS_SKIP:
+                y += skips[None, :] * value
+            if RAW:
+                tl.store(raw + place, y.to(raw.dtype.element_ty), mask=live & exists[None, :])
+            if HAS_Z:
+                z = rows[3 * M + 2].to(tl.float32)
+                y *= z * sigmoid(z)
+            tl.store(out + place, y.to(out.dtype.element_ty), mask=live & exists[None, :])
     for i in tl.static_range(M + 1):
         if OUTPUT or SUMS:
-            tl.store(last + piece_offset(i, piece, segments, D, N) + offsets, h[i], mask=tile_mask)
+            store_states(last + piece_offset(i, piece, segments, D, N), offsets, tile_mask, h[i])
         if SUMS:
             span = ((i * tl.num_programs(1) + batch) * segments + piece) * D
             tl.store(spans + span + channel, sums[i], mask=exists)
-    if SUMS and CARRIED:
-        for i in tl.static_range(M):
-            tl.store(crossed + piece_offset(i, piece, segments, D, N) + offsets, cross[i], mask=tile_mask)
+            if CARRIED and i:
+                store_states(crossed + piece_offset(i - 1, piece, segments, D, N), offsets, tile_mask, cross[i - 1])
 
 
 @triton.jit(do_not_specialize=["segments"])
 def join(
-    states,  # [m + 1, B, segments, D, N]; in: what each segment adds to a zero state; out: the state it starts from
+    states,  # [m + 1, B, segments, N, D]; in: what each segment adds to a zero state; out: the state it starts from
     crossed, spans,  # as `forward` stores them
-    A,  # [m + 1, D, N]
-    first,  # [m + 1, B, D, N]: the state that the first segment (BACKWARD: the last one) starts from; replaced by the end
+    A,  # [m + 1, N, D]
+    first,  # [m + 1, B, N, D]: the state that the first segment (BACKWARD: the last one) starts from; replaced by the end
     D, N, segments,
     CARRIED: tl.constexpr, BACKWARD: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Hand the states (BACKWARD: their gradients) from segment to segment; grid (ceil(D N / WIDTH), B)."""
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     mask = index < D * N
-    channel = index // N
+    channel = index % D
     h, decay = (), ()
     for i in tl.static_range(M + 1):
         h = h + (tl.load(first + piece_offset(i, 0, 1, D, N) + index, mask=mask, other=0.0),)
