@@ -25,6 +25,15 @@ from dense_lab_kernels.decay_attention.triton_launch import Tile, Tiles, collect
 
 STATES = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 3, 128), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3)]
 STATES += [(128, 64, 64, 4, 3), (64, 64, 64, 4, 3), (128, 64, 64, 4, 3, 168), (64, 256, 64, 8, 3), (128, 256, 32, 8, 3)]
+WEIGHED = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 3, 128), (128, 128, 64, 8, 2, 128), (64, 128, 64, 4, 3)]
+WEIGHED += [(64, 128, 64, 4, 2), (128, 256, 64, 8, 2), (64, 256, 64, 4, 3), (128, 128, 64, 4, 2), (64, 64, 64, 4, 3)]
+WEIGHED += [
+    (128, 128, 32, 8, 4, 128),
+    (64, 128, 32, 4, 4),
+    (64, 256, 64, 8, 3),
+    (256, 128, 64, 8, 2),
+    (128, 64, 64, 4, 2),
+]
 SCORES = [
     (128, 128, 64, 8, 3),
     (128, 128, 64, 8, 3, 128),
@@ -34,14 +43,24 @@ SCORES = [
 ]
 PRODUCTS = [(128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 3)]
 PRODUCTS += [(128, 64, 64, 4, 3), (64, 64, 64, 4, 4), (128, 128, 32, 8, 4), (64, 256, 64, 4, 3)]
-ROLES = {"states": STATES, "scores": SCORES, "score_grads": SCORES, "values": PRODUCTS, "keys": PRODUCTS}
+ROLES = {
+    "states": STATES,
+    "weighed": WEIGHED,
+    "scores": SCORES,
+    "score_grads": SCORES,
+    "values": PRODUCTS,
+    "keys": PRODUCTS,
+}
 
 
 def candidates(base: Tiles, role: str, rows: int, cols: int) -> Iterator[tuple[Tile, Tiles]]:
     """Tiles with one role replaced; the tiles that exceed the problem's rows or cols are left out."""
     for numbers in ROLES[role]:
         tile = Tile(*numbers)
-        if tile.rows > rows or tile.cols > cols or (role == "states" and tile.depth > base.chunk):
+        if tile.rows > rows or tile.cols > cols or (role in ("states", "weighed") and tile.depth > base.chunk):
+            continue
+        if role == "weighed":
+            yield tile, dataclasses.replace(base, states=tile, weighed=True)
             continue
         tiles = base
         if role in ("scores", "score_grads"):
@@ -50,7 +69,7 @@ def candidates(base: Tiles, role: str, rows: int, cols: int) -> Iterator[tuple[T
         yield tile, dataclasses.replace(tiles, **{role: tile})
 
 
-def jobs(shape: str, chunk: int) -> Iterator[tuple[str, Tile, Callable[[], object]]]:
+def jobs(shape: str, chunk: int, only: list[str]) -> Iterator[tuple[str, Tile, Callable[[], object]]]:
     """(what, tile, call) for each kernel of a shape and each candidate tile."""
     q, k, v, log_decay = (x.detach() for x in inputs(shape))
     with using_tiles(None):
@@ -67,15 +86,23 @@ def jobs(shape: str, chunk: int) -> Iterator[tuple[str, Tile, Callable[[], objec
     states = triton._states(problem, k, v, decay, None, None, "forward")
     scores = triton._scores(problem, q, k, decay, base.scores)
     wide, narrow = v.shape[3], q.shape[3]
-    limits = {"states": (narrow, wide), "scores": (chunk, chunk), "score_grads": (chunk, chunk)}
+    limits = {
+        "states": (narrow, wide),
+        "weighed": (0 if grouped else narrow, wide),
+        "scores": (chunk, chunk),
+        "score_grads": (chunk, chunk),
+    }
     limits |= {"values": (chunk, wide), "keys": (chunk, narrow)}
     for role, (most_rows, most_cols) in limits.items():
-        for tile, tiles in candidates(base, role, most_rows, most_cols):
+        for tile, tiles in candidates(base, role, most_rows, most_cols) if role in only else ():
             p = dataclasses.replace(problem, tiles=tiles)
             match role:
                 case "states":
                     yield "states", tile, partial(triton._states, p, k, v, decay, None, None, "forward")
                     yield "states back", tile, partial(triton._states, p, q, out_grad, decay, None, None, "backward")
+                case "weighed":
+                    yield "weighed", tile, partial(triton._states, p, k, v, decay, None, None, "forward")
+                    yield "weighed back", tile, partial(triton._states, p, q, out_grad, decay, None, None, "backward")
                 case "scores":
                     yield "scores", tile, partial(triton._scores, p, q, k, decay, tile)
                 case "score_grads" if grouped or tile.depth <= wide:
@@ -88,11 +115,11 @@ def jobs(shape: str, chunk: int) -> Iterator[tuple[str, Tile, Callable[[], objec
                     yield "dk", tile, partial(triton._apply, p, v, states, scores, q, decay, "dk")
 
 
-def sweep(shape: str) -> None:
+def sweep(shape: str, only: list[str]) -> None:
     """Print, for each chunk size and kernel, the times of the candidate tiles, best first."""
     for chunk in (64, 128, 256) if shape in ("square", "ssd") else (128, 256):
         start = time.perf_counter()
-        todo = list(jobs(shape, chunk))
+        todo = list(jobs(shape, chunk, only))
         with collecting() as launches:
             for _, _, call in todo:
                 call()
@@ -126,8 +153,10 @@ def sweep(shape: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="shape", help=f"of {', '.join(SHAPES)} (all)")
-    for shape in parser.parse_args().shapes or SHAPES:
-        sweep(shape)
+    parser.add_argument("--only", nargs="*", default=list(ROLES), choices=ROLES)
+    given = parser.parse_args()
+    for shape in given.shapes or SHAPES:
+        sweep(shape, given.only)
 
 
 if __name__ == "__main__":

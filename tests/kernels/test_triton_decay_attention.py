@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from functools import partial
 from typing import Any
@@ -30,6 +31,9 @@ SMALL = Tiles(
     values=Tile(16, 16, 16, 4, 2),
     keys=Tile(16, 16, 16, 4, 2),
 )
+
+
+WEIGHED = dataclasses.replace(SMALL, weighed=True)
 
 
 def draw(sizes: tuple[int, ...], decay: str, state: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -118,6 +122,11 @@ def test_equals_the_reference_by_rule(
     heads: tuple[int, ...], tokens: int, decay: str, dtype: torch.dtype, poisoned_empty: None
 ) -> None:
     check((2, tokens, *heads), decay, "initial state", dtype, None)
+
+
+@pytest.mark.parametrize("decay", ["constant", "per token"])
+def test_decays_multiplied_in_before_the_states(decay: str, poisoned_empty: None) -> None:
+    check((1, 45, 2, 2, 20, 24), decay, "initial state", torch.float16, WEIGHED)
 
 
 def test_a_strong_decay_forgets_everything_before_it() -> None:

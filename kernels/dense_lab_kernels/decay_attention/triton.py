@@ -138,6 +138,32 @@ def _decay(problem: _Problem, log_decay: Tensor) -> Tensor:
     return sums
 
 
+def _weighed(problem: _Problem, x: Tensor, decay: Tensor, direction: str) -> Tensor:
+    """k (or q, "backward") as it enters the states, so that their kernel multiplies what it reads as it is."""
+    p = problem
+    out = x.new_empty(x.shape)
+    block = min(p.tiles.chunk, 32)
+    run(
+        kernels.weigh_kernel,
+        p.batch * p.heads * p.chunks * (p.tiles.chunk // block),
+        x,
+        out,
+        decay,
+        *_strides(x),
+        p.tokens,
+        p.heads,
+        p.chunks,
+        p.key_size,
+        C=p.tiles.chunk,
+        BT=block,
+        BK=128,
+        REVERSED=direction == "backward",
+        PER_TOKEN=p.per_token,
+        num_warps=4,
+    )
+    return out
+
+
 def _states(
     problem: _Problem,
     x: Tensor,
@@ -149,6 +175,8 @@ def _states(
 ) -> Tensor:
     """States before each chunk of a walk over k and v ("forward"), or over q and dO ("backward")."""
     p, tile = problem, problem.tiles.states
+    if p.tiles.weighed:
+        x = _weighed(p, x, decay, direction)
     states = x.new_empty(p.batch, p.chunks, p.heads, p.key_size, p.value_size)
     run(
         kernels.states_kernel,
@@ -173,6 +201,7 @@ def _states(
         BK=tile.rows,
         BV=tile.cols,
         REVERSED=direction == "backward",
+        WEIGHED=p.tiles.weighed,
         EVEN_K=p.key_size % tile.rows == 0,
         EVEN_V=p.value_size % tile.cols == 0,
         **p.options(tile, x),

@@ -2,7 +2,8 @@
 
 With e_i the sum of the log decays from the start of a chunk to its token i (included), and E that of the whole chunk:
 
-    S'   = exp(E) S + sum_j exp(E - e_j) k_j v_j^T                 `states`, walks the chunks in order
+    S'   = exp(E) S + sum_j exp(E - e_j) k_j v_j^T                 `states`, walks the chunks in order; for wide
+                                                                   heads exp(E - e_j) k_j comes from `weigh`
     A_ij = exp(e_i - e_j) q_i . k_j  for j <= i, else 0            `scores`, once per chunk, for every tile of V
     o_i  = exp(e_i) q_i S + sum_j A_ij v_j                         `apply`
     dS   = exp(E) dS' + sum_i exp(e_i) q_i dO_i^T                  `states`, reversed
@@ -65,9 +66,49 @@ def sum_decays_kernel(
     tl.store(sums_ptr + (batch * H + heads)[None, :] * T + tokens[:, None], sums, mask=mask)
 
 
+@triton.jit(do_not_specialize=["T", "H", "n_chunks"])
+def weigh_kernel(
+    x_ptr,  # [B, T, H, K]: k, or q if REVERSED
+    out_ptr,  # [B, T, H, K] contiguous
+    decay_ptr,
+    x_stride_b,
+    x_stride_t,
+    x_stride_h,
+    T,
+    H,
+    n_chunks,
+    K,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    REVERSED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    """x times what it has in the state: exp(E - e_j), or exp(e_i) if REVERSED. One program: BT tokens of one head."""
+    pid = tl.program_id(0)
+    head = pid % H
+    block = pid // H % (n_chunks * (C // BT))
+    batch = (pid // H // (n_chunks * (C // BT))).to(tl.int64)
+    start = block * BT // C * C
+    length = tl.minimum(C, T - start)
+    index = block * BT - start + tl.arange(0, BT)
+    tokens = (start + index).to(tl.int64)
+    weight = _summed_decay(decay_ptr, batch, head, H, T, start, index, length, PER_TOKEN)
+    if not REVERSED:
+        weight = _summed_decay(decay_ptr, batch, head, H, T, start, length - 1, length, PER_TOKEN) - weight
+    weight = tl.exp(weight)[:, None]
+    x_ptr += batch * x_stride_b + head.to(tl.int64) * x_stride_h + tokens[:, None] * x_stride_t
+    out_ptr += ((batch * T + tokens) * H + head)[:, None] * K
+    for first in range(0, K, BK):
+        cols = first + tl.arange(0, BK)[None, :]
+        mask = (index < length)[:, None] & (cols < K)
+        x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + cols, (x * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["has_initial", "has_final", "T", "H", "R", "n_chunks"])
 def states_kernel(
-    x_ptr,  # [B, T, H / R, K]: k, or q when reversed
+    x_ptr,  # [B, T, H / R, K]: k, or q when reversed; if WEIGHED, from `weigh_kernel`
     y_ptr,  # [B, T, H, V]: v, or dO when reversed
     decay_ptr,
     initial_ptr,  # [B, H, K, V] float32, read if has_initial: the state before the walk
@@ -92,6 +133,7 @@ def states_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     REVERSED: tl.constexpr,
+    WEIGHED: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_V: tl.constexpr,
@@ -130,14 +172,15 @@ def states_kernel(
         index = (step % (C // BT)) * BT + tl.arange(0, BT)
         tokens = (start + index).to(tl.int64)
         token_mask = index < length
-        summed = _summed_decay(decay_ptr, batch, head, H, T, start, index, length, PER_TOKEN)
-        weight = tl.exp(summed) if REVERSED else tl.exp(whole - summed)
         # x is read transposed: scaled in registers, it is the first operand of the product.
         x_mask = token_mask[None, :] if EVEN_K else token_mask[None, :] & row_mask[:, None]
         x = tl.load(x_ptr + tokens[None, :] * x_stride_t + rows[:, None], mask=x_mask, other=0.0)
         y_mask = token_mask[:, None] if EVEN_V else token_mask[:, None] & col_mask[None, :]
         y = tl.load(y_ptr + tokens[:, None] * y_stride_t + cols[None, :], mask=y_mask, other=0.0)
-        x = (x.to(tl.float32) * weight[None, :]).to(x.dtype)
+        if not WEIGHED:
+            summed = _summed_decay(decay_ptr, batch, head, H, T, start, index, length, PER_TOKEN)
+            weight = tl.exp(summed) if REVERSED else tl.exp(whole - summed)
+            x = (x.to(tl.float32) * weight[None, :]).to(x.dtype)
         state = tl.dot(x, y, state, input_precision=PRECISION)
     final_mask = (rows < K * has_final)[:, None] & col_mask[None, :]
     tl.store(final_ptr + state_offset + tile, state, mask=final_mask)

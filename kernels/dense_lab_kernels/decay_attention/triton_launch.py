@@ -43,7 +43,8 @@ class Tiles:
 
     chunk: tokens per chunk. states: key x value tile, depth in tokens. scores: square tile of tokens, depth in key size
     (for A; in value size for dA, which score_grads is for). values: tokens x value tile of o and dv. keys: tokens x key
-    tile of dq and dk.
+    tile of dq and dk. weighed: the decays are multiplied into k (or q) once, before the states' kernel, and not by
+    every program that reads it; only where no heads share them.
     """
 
     chunk: int
@@ -52,6 +53,7 @@ class Tiles:
     score_grads: Tile
     values: Tile
     keys: Tile
+    weighed: bool = False
 
     def __post_init__(self) -> None:
         # A row of scores is written up to the end of its own block only, so no reader may have larger blocks.
