@@ -100,7 +100,7 @@ def test_transposed_input_and_expanded_gradient() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(8, 2048, 2048), (2, 2000, 1536), (64, 512, 48), (6, 1, 4096)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2048, 1024), (1, 2000, 1536), (16, 512, 48), (6, 1, 4096)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_and_decoding_sizes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     check(make(*shape, 4), dtype)
