@@ -55,7 +55,7 @@ def labels(options: list[Any] | dict[str, Any], shape: Shape) -> list[str]:
     Where several options share a kind, their keys are part of the label.
     """
     if isinstance(options, dict):
-        return list(options)
+        return keys(options)
     short = [label(option, shape, with_keys=False) for option in options]
     shared = Counter(short)
     return [
@@ -64,8 +64,10 @@ def labels(options: list[Any] | dict[str, Any], shape: Shape) -> list[str]:
 
 
 def keys(options: list[Any] | dict[str, Any]) -> list[Any]:
-    """The indices or names of the options, in the order of `labels`."""
-    return list(options) if isinstance(options, dict) else list(range(len(options)))
+    """The indices or names of the options, in the order of `labels`; notes are none."""
+    if isinstance(options, dict):
+        return [name for name in options if not name.startswith("x-")]
+    return list(range(len(options)))
 
 
 def label(value: Any, shape: Shape, with_keys: bool) -> str:
@@ -149,7 +151,7 @@ class _Parser:
     def _choice(self, options: Any, shape: Shape, place: dict[str, str], at: At) -> Node:
         if options == "installed":
             options = installed(shape, self.registry)
-        if not isinstance(options, (list, dict)) or not options:
+        if not isinstance(options, (list, dict)) or not keys(options):
             raise InputError(f"expected a list of options, such as {{choice: [a, b]}}, got {got(options)}")
         named: dict[str, Node] = {}
         for key, name in zip(keys(options), labels(options, shape), strict=True):

@@ -11,7 +11,7 @@ from dense_lab.errors import InputError
 from dense_lab.model import count
 from tests.spec.studies import complaint, of, study
 
-ARMS = "model: {depth: 3, core: {choice: [retnet, gau_retnet, mamba]}, dense: {span: {choice: [0, 2]}}}\n"
+ARMS = "model: {depth: 2, core: {choice: [retnet, gau_retnet, mamba]}, dense: {span: {choice: [0, 2]}}}\n"
 
 
 def test_every_arm_meets_the_budget(tmp_path: Path) -> None:

@@ -252,3 +252,8 @@ def test_sizes_that_clash_are_found_on_the_meta_device(tmp_path: Path) -> None:
         study(tmp_path, of("model: {depth: 1G}")).check_sizes()
     with pytest.raises(InputError, match="no dense-able stream 'u'"):
         study(tmp_path, of("model: {dense: {sites: [u]}}")).check_sizes()
+
+
+def test_notes_beside_named_options_are_no_options(tmp_path: Path) -> None:
+    noted = study(tmp_path, of("model: {core: {choice: {x-why: speed, a: retnet, b: mamba}}}"))
+    assert noted.space == [Choice("model.core", ("a", "b"))]
