@@ -73,14 +73,14 @@ def training_step(model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> Step
 def measure(
     steps: dict[str, Step], rounds: int, rare: set[str], clock: Callable[[], float]
 ) -> dict[str, list[float | None]]:
-    """Seconds of one step by model and round; the `rare` (slow) ones are measured in every fifth round only."""
+    """Seconds of one step by model and round; the `rare` (slow) ones are measured in every eighth round only."""
     seconds: dict[str, list[float | None]] = {name: [] for name in steps}
-    for step in steps.values():  # Compile, allocate, warm up.
-        step()
-        step()
+    for name, step in steps.items():  # Compile, allocate, warm up.
+        for _ in range(1 if name in rare else 3):
+            step()
     for round_ in range(rounds):
         for name, step in steps.items():
-            if name in rare and round_ % 5:
+            if name in rare and round_ % 8:
                 seconds[name].append(None)
                 continue
             start = clock()
