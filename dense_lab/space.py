@@ -127,18 +127,15 @@ class Study:
 
         With a budget the width is solved here. Raises InputError when a value is not on offer, or when no width fits.
         """
-        return self._close(suggest)[0]
-
-    def _close(self, suggest: Callable[[Parameter], Any]) -> tuple[RunSpec, Origins]:
         origins: Origins = {}
         closed = trees.close(self.root, suggest, origins)
         run = self._validated(closed, origins).run()
         if self.budget is None:
-            return run, origins
+            return run
         from dense_lab import budget
 
         try:
-            return budget.solve(run, self.budget), origins
+            return budget.solve(run, self.budget)
         except InputError as error:
             place = self._place("budget")
             raise InputError(replace(p, path=p.path or "budget", where=place) for p in error.problems) from None
@@ -155,11 +152,6 @@ class Study:
         if unknown := sorted(params.keys() - asked):
             raise InputError(f"study {self.name!r} has no open value {unknown[0]} at this point")
         return run
-
-    def leaves(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Every single value of the run at a point, by dotted path: what `--set` takes and MLflow shows."""
-        run, origins = self._close(_lookup(params))
-        return frozen.by_path(run.model_dump(mode="json"), origins) | dict(params)
 
     def check_sizes(self) -> None:
         """Build the architectures on the meta device, all if there are few; raises InputError when sizes clash."""

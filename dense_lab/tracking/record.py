@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ Point = tuple[str, float, int, int]
 """Metric, value, milliseconds since 1970, step."""
 _NOT_METRICS = ("step", "tokens", "seconds")
 """Keys of a curve's line that say when, not what; tokens are kept as a metric of their own."""
+_UNNAMABLE = re.compile(r"[^/\w.\- :]")
+"""What MLflow refuses in names, such as the braces of the label `retnet{heads=2}`."""
 PARAMETER_LENGTH = 6000
 """Longest parameter value in characters; MLflow cuts longer ones without a word."""
 
@@ -48,7 +51,8 @@ def flatten(value: Any, path: str = "") -> dict[str, str]:
 def params(trial: TrialView) -> dict[str, str]:
     """Every value of the resolved spec and the sampled ones, by dotted path."""
     spec = {key: value for key, value in trial.spec.items() if key not in ("digest", "plugins", "dense_lab")}
-    return flatten(spec) | {name: str(value)[:PARAMETER_LENGTH] for name, value in trial.params.items()}
+    named = flatten(spec) | {name: str(value)[:PARAMETER_LENGTH] for name, value in trial.params.items()}
+    return {_UNNAMABLE.sub("_", name): value for name, value in named.items()}
 
 
 def tags(study: StudyResults, trial: TrialView) -> dict[str, str]:

@@ -199,16 +199,16 @@ def test_a_point_that_is_none_is_refused(tmp_path: Path, params: dict[str, objec
         study(tmp_path, of("seed: {int: [0, 4], step: 2}")).point(params)
 
 
-def test_leaves_name_every_value_of_a_run_by_its_path(tmp_path: Path) -> None:
-    leaves = study(tmp_path, overrides=FINITE).leaves(
-        {"model.core": "mamba", "model.core.mamba.state": "8", "model.dense": "none"}
-    )
-    assert leaves["model.core"] == "mamba"
-    assert leaves["model.core.mamba.state"] == "8"
-    assert leaves["model.core.mamba.expand"] == 2.0
-    assert leaves["model.dense"] == "none"
-    assert leaves["train.tokens"] == 2_000_000
-    assert not [path for path in leaves if path.startswith("model.dense.")]
+def test_fixed_values_are_named_by_the_paths_that_reach_them(tmp_path: Path) -> None:
+    fixed = study(tmp_path, overrides=FINITE).resolved()["fixed"]
+    assert fixed["model.core.mamba.expand"] == 2.0
+    assert fixed["model.dense.densessm.fusion"] == "add"
+    assert fixed["train.tokens"] == 2_000_000
+    assert not [path for path in fixed if path.startswith("model.dense.none")]
+    assert not {"model.core", "model.core.mamba.state", "model.dense"} & fixed.keys()
+    for path, value in fixed.items():
+        if value is not None:
+            Study.load(tmp_path / "x.yaml", [*FINITE, (path, json.dumps(value))])
 
 
 def test_a_study_without_open_values_is_a_single_run(tmp_path: Path) -> None:

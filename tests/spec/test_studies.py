@@ -16,6 +16,7 @@ from dense_lab.components import Spec
 from dense_lab.dense import DenseSpec
 from dense_lab.model import BlockSpec, ModelSpec, count
 from dense_lab.space import Study
+from dense_lab.space_frozen import leaves
 from dense_lab.study import METRICS, BudgetSpec, Objective, SearchSpec, StudySpec, TrainSpec
 from tests.spec.studies import ROOT, SHIPPED, study
 
@@ -38,7 +39,9 @@ def meaning(loaded: Study) -> str:
     parts += [f"open {p.pop('path')}: {json.dumps(p)}" for p in resolved["parameters"]]
     parts += [f"fixed {path}: {json.dumps(value)}" for path, value in resolved["fixed"].items()]
     parts += [f"{key}: {json.dumps(resolved[key])}" for key in ("search", "budget")]
-    parts += [f"first {path}: {json.dumps(value)}" for path, value in loaded.leaves(loaded.covering()[0]).items()]
+    parts += [
+        f"first {'.'.join(map(str, at))}: {json.dumps(value)}" for at, value in leaves(first.model_dump(mode="json"))
+    ]
     parts += [f"first, {name} at a vocabulary of {VOCABULARY}: {value:.0f}" for name, value in sizes.items()]
     return "\n".join(parts) + "\n"
 

@@ -6,6 +6,7 @@ import socket
 import sqlite3
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
@@ -203,3 +204,10 @@ def test_flatten_puts_the_kind_into_the_paths_below_it():
         "model.core.retnet.heads": "2",
         "model.dense.sites": '["k", "v"]',
     }
+
+
+def test_labels_that_mlflow_cannot_name_are_respelt():
+    trial = SimpleNamespace(
+        spec={}, params={"model.core": "retnet{heads=2}", "model.core.retnet{heads=2}.norm_eps": 1e-5}
+    )
+    assert record.params(trial) == {"model.core": "retnet{heads=2}", "model.core.retnet_heads_2_.norm_eps": "1e-05"}
