@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,21 +24,26 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from triton.testing import do_bench
 
+from dense_lab_kernels._triton import compile_once, processors
 from dense_lab_kernels.selective_scan import ScanSource, selective_scan, triton
 
 SHAPES = [(8, 2048, 2048, 16), (8, 4096, 2048, 16), (1, 2048, 32768, 16), (32, 1536, 1024, 16)]  # B, D, T, N
 # mamba-ssm's CUDA kernel on an H200: forward, forward + backward
 QUOTED = {SHAPES[0]: (0.589, 2.89), SHAPES[1]: (1.16, 5.69), SHAPES[2]: (1.45, 7.08), SHAPES[3]: (0.837, 4.28)}
+KERNELS = ("forward", "adjoint", "join", "own_gradients", "source_gradients")
 SWEEP = [
     {},
-    {"steps": 4},
-    {"steps": 4, "ahead": 1},
-    {"warps": 4, "block": 128},
-    {"warps": 2, "block": 64},
+    {"block": 16},
+    {"block": 8},
+    {"stages": 2},
+    {"stages": 5},
     {"tile": 4},
+    {"block": 16, "tile": 4, "stages": 5},
+    {"segment": 1024},
+    {"tile_stages": 2},
+    {"tile_stages": 3},
     {"splits": 8, "span": 4},
-    {"splits": 16, "span": 16},
-    {"splits": 4, "span": 4},
+    {"splits": 16, "span": 32},
 ]
 
 
@@ -66,7 +71,7 @@ def draw_sources(inputs: dict[str, Tensor], m: int) -> dict[str, Any]:
 
 
 def time_of(call: Callable[[], Any]) -> str:
-    low, middle, high = do_bench(call, warmup=20, rep=120, quantiles=[0.2, 0.5, 0.8])
+    low, middle, high = do_bench(call, warmup=10, rep=60, quantiles=[0.2, 0.5, 0.8])
     return f"{middle:7.3f} ({low:.3f}-{high:.3f})"
 
 
@@ -97,7 +102,7 @@ def peer(inputs: dict[str, Tensor]) -> tuple[str, str] | None:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError:
         return None
-    flipped = {k: v.transpose(1, 2).contiguous().detach().requires_grad_() for k, v in inputs.items() if k in ("u", "dt", "z")}
+    flipped = {k: inputs[k].transpose(1, 2).contiguous().detach().requires_grad_() for k in ("u", "dt", "z")}
     B, C = (inputs[k].permute(0, 2, 3, 1).contiguous().detach().requires_grad_() for k in "BC")
     A, D, bias = inputs["A"], inputs["D"], inputs["dt_bias"]
     return both(
@@ -107,17 +112,21 @@ def peer(inputs: dict[str, Tensor]) -> tuple[str, str] | None:
 
 
 def kernels(run: Callable[[], Tensor], leaves: list[Tensor]) -> None:
-    """Time of every kernel in one forward and backward."""
+    """Milliseconds of every kernel in one forward and backward, on one line; copies, sums and fills together."""
     grad = torch.randn_like(run())
-    for _ in range(3):
+    for _ in range(2):
         torch.autograd.grad(run(), leaves, grad)
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
         for _ in range(5):
             torch.autograd.grad(run(), leaves, grad)
         torch.cuda.synchronize()
-    rows = sorted(trace.key_averages(), key=lambda row: -row.self_device_time_total)
-    for row in rows[:14]:
-        print(f"    {row.self_device_time_total / 5000:7.3f} ms  x{row.count / 5:<4.0f} {row.key[:90]}")
+    times: dict[str, list[float]] = {}
+    for event in trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            name = event.name if event.name in KERNELS else "torch"
+            times.setdefault(name, []).append(event.device_time / 5000)
+    parts = sorted(times.items(), key=lambda item: -sum(item[1]))
+    print("    " + ", ".join(f"{name} {sum(spent):.3f} ({len(spent) // 5} x)" for name, spent in parts), flush=True)
 
 
 def first_call() -> None:
@@ -126,13 +135,13 @@ def first_call() -> None:
         "import time, torch\n"
         "from dense_lab_kernels.selective_scan import selective_scan\n"
         "from ops_selective_scan import draw, leaves_of\n"
-        "torch.randn(8, 8, device='cuda').sum().backward if False else torch.cuda.synchronize()\n"
-        "for shape in ((2, 512, 512, 16), (3, 768, 640, 16), (2, 512, 500, 16), (2, 500, 512, 16)):\n"
+        "torch.cuda.synchronize()\n"
+        "for shape in ((8, 512, 512, 16), (8, 768, 640, 16), (8, 512, 500, 16), (8, 500, 512, 16)):\n"
         "    x = draw(*shape); torch.cuda.synchronize(); t = time.perf_counter()\n"
         "    y = selective_scan(**x, impl='triton').output\n"
         "    torch.cuda.synchronize(); f = time.perf_counter() - t\n"
         "    y.float().sum().backward(); torch.cuda.synchronize()\n"
-        "    print(f'first call at B, D, T, N = {shape}: forward {f:.2f} s, with backward {time.perf_counter() - t:.2f} s')\n"
+        "    print(f'first call at {shape}: forward {f:.2f} s, with backward {time.perf_counter() - t:.2f} s', flush=True)\n"
     )
     here = os.path.dirname(os.path.abspath(__file__))
     path = os.pathsep.join([here, *sys.path])
@@ -147,25 +156,18 @@ def sweep() -> None:
     leaves = leaves_of(inputs)
     order = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
     flags = {"carried": False, "softplus": True, "gated": True, "skip": True}
-    rule = triton._make_plan(inputs["u"].shape, 16, 1, 0, inputs["u"].device, **flags)
+    rule = triton._make_plan(inputs["u"].shape, 16, 1, 0, processors(inputs["u"].device), **flags)
     print("rule:", rule)
-    grad = torch.randn_like(inputs["u"])
-
-    def runner(change: dict[str, int]) -> Callable[[], Tensor]:
-        plan = rule._replace(**change)
-        return lambda: triton._SelectiveScan.apply(plan, *(inputs[name] for name in order), None)[0]
-
-    def compile_one(change: dict[str, int]) -> float:
-        start = time.perf_counter()
-        torch.autograd.grad(runner(change)(), leaves, grad)
-        return time.perf_counter() - start
-
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        compiled = list(pool.map(compile_one, SWEEP))
-    for change, seconds in zip(SWEEP, compiled, strict=True):
-        forward, train = both(runner(change), leaves)
-        print(f"{change!s:36} forward {forward}  forward + backward {train} ms   compiled in {seconds:.1f} s")
-        kernels(runner(change), leaves)
+    tensors = (*(inputs[name] for name in order), None)
+    plans = [rule._replace(**change) for change in SWEEP]
+    start = time.perf_counter()
+    compile_once("sweep", lambda: [x for plan in plans for x in triton._launches(plan, tensors, training=True)])
+    print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
+    for change, plan in zip(SWEEP, plans, strict=True):
+        run = partial(lambda plan: triton._SelectiveScan.apply(plan, *tensors)[0], plan)
+        forward, train = both(run, leaves)
+        print(f"{change!s:36} forward {forward}  forward + backward {train} ms")
+        kernels(run, leaves)
 
 
 def main() -> None:
@@ -175,7 +177,8 @@ def main() -> None:
     chosen = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     if chosen.sweep:
-        return sweep()
+        sweep()
+        return
     for shape in SHAPES[:1] if chosen.quick else SHAPES:
         inputs = draw(*shape)
         forward, train = both(ours(inputs), leaves_of(inputs))

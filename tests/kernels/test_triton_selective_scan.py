@@ -112,11 +112,12 @@ def test_groups(site: str) -> None:
 @pytest.mark.parametrize(("m", "site"), [(0, "readout"), (1, "readout"), (1, "carried")])
 def test_segments(m: int, site: str, dtype: torch.dtype) -> None:
     """Long sequences of few channels are cut in segments that hand on their states."""
+    from dense_lab_kernels._triton import processors
     from dense_lab_kernels.selective_scan import triton
 
     shape = (1, 133, 3, 2) if INTERPRETED else (1, 700, 40, 16)
     plan = triton._make_plan(
-        torch.Size(shape[:3]), shape[3], 1, m, torch.device(DEVICE, None if INTERPRETED else 0),
+        torch.Size(shape[:3]), shape[3], 1, m, processors(torch.device(DEVICE, None if INTERPRETED else 0)),
         carried=site == "carried", softplus=True, gated=True, skip=True,
     )  # fmt: skip
     assert plan.segments > 2

@@ -1,8 +1,9 @@
 """Selective scan on a GPU (Triton): launch rules and the autograd function around the kernels.
 
-Between forward and backward live the inputs, y before its gate, and the states every KEPT tokens in float32: with N = 16
-as much memory as one [B, T, D] tensor in bfloat16 at KEPT = 64 takes twice over. The backward restores the states every
-TILE tokens from them, T / TILE states of [D, N], and frees them before it returns. Nothing is searched at the first call.
+Between forward and backward live the inputs, y before its gate, and the states every KEPT tokens in float32: with
+N = 16 half the memory of one [B, T, D] tensor in bfloat16. The backward restores the states every TILE tokens from
+them, T / TILE states of [N, D], and frees them before it returns. Nothing is searched at the first call; all kernels
+of a call are compiled at once, from a dry run on tensors without memory.
 
 Letters: B batch, T tokens, D channels, N states padded to NP, G groups; m sources; stream 0 is the layer's own, 1 .. m
 the sources.
@@ -11,7 +12,7 @@ the sources.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ _TILE = 8  # tokens that the backward replays in registers
 
 
 def unsupported(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Tensor | None, sources: tuple[Any, ...] = (), **_: Any
+    u: Tensor, dt: Tensor, A: Tensor, *rest: Tensor | None, sources: tuple[Any, ...] = (), **_: Any
 ) -> str | None:
     """Why Triton cannot run these (validated) arguments, or None."""
     place = unsupported_place(u)
@@ -92,28 +93,26 @@ class Plan(NamedTuple):
         return {"CARRIED": self.carried and self.sources > 0, "SOFTPLUS": self.softplus, "NP": self.padded_states}
 
 
-def _make_plan(
-    shape: torch.Size, states: int, groups: int, sources: int, device: torch.device, **options: bool
-) -> Plan:
-    """Launch rules.
+def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units: int, **options: bool) -> Plan:
+    """Launch rules for a chip with `units` processors.
 
     A program is one warp. A thread that walks holds up to 16 states of a stream; the chip wants two walking warps per
-    processor or more, so shorter work is cut in segments, which costs every decay once more. Replaying programs are many:
-    about 32 per processor.
+    processor or more, so shorter work is cut in segments, which costs every decay once more. Replaying programs are
+    many: about 32 per processor.
     """
     batch, tokens, channels = shape
     padded = max(4, triton.next_power_of_2(states))
     per_group = channels // groups
     tile = _TILE if sources == 0 else _TILE // 2
     block = max(1, min(32, (512 if sources == 0 else 256) // padded))
-    wanted = 2 * processors(device)
+    wanted = 2 * units
     programs = batch * groups * math.ceil(per_group / block)
     segments = 1 if programs >= wanted else math.ceil(4 * wanted / programs)
     segment = max(1, math.ceil(tokens / segments / _KEPT)) * _KEPT
     tile_block = max(1, 128 // padded)
     tiles = math.ceil(tokens / tile)
     blocks = math.ceil(per_group / tile_block)
-    programs = 32 * processors(device)
+    programs = 32 * units
     splits = max(1, min(16, blocks // 8, math.ceil(programs / (batch * groups))))
     spans = max(1, min(tiles, 32, math.ceil(programs / (batch * groups * splits))))
     return Plan(
@@ -123,9 +122,14 @@ def _make_plan(
     )  # fmt: skip
 
 
-class _Inputs(NamedTuple):
-    """What the kernels read, made once per direction from the arguments."""
+def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    kernel[grid](*arguments, **options)
 
+
+class _Inputs(NamedTuple):
+    """What the kernels read, made once per direction from the arguments; `run` launches a kernel."""
+
+    run: Callable[..., None]
     u: tuple[Tensor, ...]
     dt: tuple[Tensor, ...]
     gates: tuple[Tensor, ...]
@@ -175,9 +179,9 @@ def _walk(
     grid = _walk_grid(plan, math.ceil(plan.tokens / segment))
     names = ("out", "raw", "kept", "last", "crossed", "spans")
     given = [outputs.get(name) if outputs.get(name) is not None else inputs.A for name in names]
-    forward.forward[grid](
-        tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), inputs.A, inputs.bias, inputs.skip, entry,
-        *given, plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, segment, every,
+    inputs.run(
+        forward.forward, grid, tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups),
+        inputs.A, inputs.bias, inputs.skip, entry, *given, plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, segment, every,
         **plan.flags(), HAS_Z=plan.gated and output, HAS_SKIP=plan.skip and output, OUTPUT=output,
         RAW=outputs.get("raw") is not None, KEEP=outputs.get("kept") is not None,
         SUMS=outputs.get("spans") is not None, M=plan.sources,
@@ -194,8 +198,8 @@ def _join(plan: Plan, inputs: _Inputs, states: Tensor, crossed: Tensor, spans: T
     width = 128
     grid = (math.ceil(plan.channels * plan.states / width), plan.batch)
     flags = plan.flags()
-    forward.join[grid](
-        states, crossed, spans, inputs.A, first, plan.channels, plan.states, plan.segments,
+    inputs.run(
+        forward.join, grid, states, crossed, spans, inputs.A, first, plan.channels, plan.states, plan.segments,
         CARRIED=flags["CARRIED"], BACKWARD=end == "backward", M=plan.sources, WIDTH=width, num_warps=4,
     )  # fmt: skip
 
@@ -234,8 +238,8 @@ def _adjoint(
     tables = inputs.shared[-1:]
 
     def launch(entry: Tensor, last: Tensor, output: bool) -> None:
-        backward.adjoint[_walk_grid(plan, plan.segments)](
-            tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), inputs.A, inputs.bias,
+        inputs.run(
+            backward.adjoint, _walk_grid(plan, plan.segments), tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), inputs.A, inputs.bias,
             entry, dz if plan.gated else grad, ends, last,
             plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.segment,
             **plan.flags(), HAS_Z=plan.gated, OUTPUT=output, M=plan.sources,
@@ -278,30 +282,32 @@ def _gradients(
     parts = _Parts(plan, grad.device)
     like = (inputs.u[stream], inputs.dt[stream], *((inputs.gates[stream - 1],) if stream else ()))
     rows = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like)
-    common = (plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.groups, plan.span, plan.splits)
+    sizes = (plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.groups, plan.span, plan.splits)
     flags = plan.flags() | {"HAS_Z": plan.gated, "BLOCK": plan.tile_block, "TILE": plan.tile}
     flags |= {"STAGES": plan.tile_stages, "num_warps": 1}
     grid = (plan.groups * plan.splits, plan.batch, plan.spans)
     outer = (grad, *((inputs.z,) if plan.gated else ()))
     if stream == 0:
         tokens = (*inputs.u, *inputs.dt, *inputs.gates, *outer)
-        backward.own_gradients[grid](
-            tokens, _strides(tokens), inputs.shared, _shared_strides(inputs.shared, plan.groups),
+        inputs.run(
+            backward.own_gradients, grid, tokens, _strides(tokens), inputs.shared, _shared_strides(inputs.shared, plan.groups),
             inputs.A, inputs.bias, inputs.skip, kept, ends, *rows,
-            parts.shared[0], parts.shared[1], parts.A, parts.channels[0], parts.channels[1], *common,
+            parts.shared[0], parts.shared[1], parts.A, parts.channels[0], parts.channels[1], *sizes,
             HAS_SKIP=plan.skip, M=plan.sources, **flags,
         )  # fmt: skip
     else:
         tokens = (inputs.u[stream], inputs.dt[stream], inputs.dt[0], inputs.gates[stream - 1], *outer)
         tables = (inputs.shared[stream], inputs.shared[-1])
-        backward.source_gradients[grid](
-            tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), stream, inputs.A, inputs.bias,
-            kept, ends, *rows, parts.shared[0], parts.A, parts.channels[1], *common, **flags,
+        inputs.run(
+            backward.source_gradients, grid, tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), stream, inputs.A, inputs.bias,
+            kept, ends, *rows, parts.shared[0], parts.A, parts.channels[1], *sizes, **flags,
         )  # fmt: skip
     return parts, rows
 
 
-def _gather(plan: Plan, tensors: tuple[Tensor | None, ...]) -> tuple[_Inputs, Tensor]:
+def _gather(
+    plan: Plan, tensors: tuple[Tensor | None, ...], run: Callable[..., None] = _run
+) -> tuple[_Inputs, Tensor]:
     """The kernels' inputs and the initial states [m + 1, B, N, D], from the flat arguments."""
     u, dt, A, B, C, D, z, bias, initial = tensors[:9]
     sources = [tensors[9 + 7 * i : 16 + 7 * i] for i in range(plan.sources)]
@@ -314,6 +320,7 @@ def _gather(plan: Plan, tensors: tuple[Tensor | None, ...]) -> tuple[_Inputs, Te
 
     state = (plan.channels, plan.states)
     inputs = _Inputs(
+        run=run,
         u=tuple(_rows(t) for t in (u, *(s[0] for s in sources))),
         dt=tuple(_rows(t) for t in (dt, *(s[1] for s in sources))),
         gates=tuple(_rows(s[5]) for s in sources),
@@ -326,13 +333,53 @@ def _gather(plan: Plan, tensors: tuple[Tensor | None, ...]) -> tuple[_Inputs, Te
     return inputs, stack(initial, [s[6] for s in sources], (plan.batch, *state))
 
 
+def _run_backward(
+    plan: Plan, inputs: _Inputs, tensors: tuple[Tensor | None, ...], saved: dict[str, Tensor],
+    grad: Tensor, finals: tuple[Tensor, ...],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of the flat arguments, from those of the output and the final states."""
+    dz, ends, initial = _adjoint(plan, inputs, grad, torch.stack(finals).float().mT.contiguous(), saved)
+    kept = _restore(plan, inputs, saved["kept"])
+    found: list[Tensor | None] = []
+    for stream in range(plan.sources + 1):
+        parts, rows = _gradients(plan, inputs, stream, grad, kept, ends)
+        dA, (dskip, dbias) = parts.A.sum(0).mT, parts.channels.sum(1)
+        if stream == 0:
+            shared = [_unpack_shared(parts.shared[i], tensors[3 + i], plan) for i in range(2)]
+            found += [*rows, dA, *shared, dskip, dz, dbias, initial[0].mT]
+        else:
+            dB = _unpack_shared(parts.shared[0], tensors[9 + 7 * (stream - 1) + 3], plan)
+            found += [*rows[:2], dA, dB, dbias, rows[2], initial[stream].mT]
+    return found
+
+
+def _launches(plan: Plan, tensors: tuple[Tensor | None, ...], *, training: bool) -> list[Launch]:
+    """Every launch of a call, found by a dry run on tensors without memory."""
+    found: list[Launch] = []
+
+    def note(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        found.append(Launch(kernel, arguments, options))
+
+    flat = tuple(
+        None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors
+    )
+    inputs, first = _gather(plan, flat, note)
+    out, last, saved = _run_forward(plan, inputs, first, keep=training)
+    if training:
+        _run_backward(plan, inputs, flat, saved, out, tuple(last.mT))
+    return found
+
+
 class _SelectiveScan(torch.autograd.Function):
     """Arguments: the plan, then u, dt, A, B, C, D, z, dt_bias, initial state; per source its five, gate and state."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        training = any(ctx.needs_input_grad)
+        key = (_OPERATION, plan, training, *(t if t is None else t.dtype for t in tensors))
+        compile_once(key, lambda: _launches(plan, tensors, training=training))
         inputs, first = _gather(plan, tensors)
-        out, last, saved = _run_forward(plan, inputs, first, keep=any(ctx.needs_input_grad))
+        out, last, saved = _run_forward(plan, inputs, first, keep=training)
         ctx.plan, ctx.names = plan, tuple(saved)
         ctx.save_for_backward(*tensors, *saved.values())
         return out, *last.mT.contiguous()
@@ -340,25 +387,12 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *finals: Tensor) -> tuple[Tensor | None, ...]:
-        plan = ctx.plan
         tensors = ctx.saved_tensors[: len(ctx.saved_tensors) - len(ctx.names)]
         saved = dict(zip(ctx.names, ctx.saved_tensors[len(tensors) :], strict=True))
-        inputs, _ = _gather(plan, tensors)
-        grad = _rows(grad)
-        dz, ends, initial = _adjoint(plan, inputs, grad, torch.stack(finals).float().mT.contiguous(), saved)
-        kept = _restore(plan, inputs, saved["kept"])
-        found: list[Tensor | None] = []
-        for stream in range(plan.sources + 1):
-            parts, rows = _gradients(plan, inputs, stream, grad, kept, ends)
-            dA, (dskip, dbias) = parts.A.sum(0).mT, parts.channels.sum(1)
-            if stream == 0:
-                shared = [_unpack_shared(parts.shared[i], tensors[3 + i], plan) for i in range(2)]
-                found += [*rows, dA, *shared, dskip, dz, dbias, initial[0].mT]
-            else:
-                dB = _unpack_shared(parts.shared[0], tensors[9 + 7 * (stream - 1) + 3], plan)
-                found += [*rows[:2], dA, dB, dbias, rows[2], initial[stream].mT]
-        kinds = [None if t is None or not needed else t for t, needed in zip(tensors, ctx.needs_input_grad[1:], strict=True)]
-        return None, *(None if t is None else g.to(t.dtype) for g, t in zip(found, kinds, strict=True))
+        inputs, _ = _gather(ctx.plan, tensors)
+        found = _run_backward(ctx.plan, inputs, tensors, saved, _rows(grad), finals)
+        needed = zip(found, tensors, ctx.needs_input_grad[1:], strict=True)
+        return None, *(None if t is None or not wanted else g.to(t.dtype) for g, t, wanted in needed)
 
 
 def selective_scan(
@@ -381,7 +415,7 @@ def selective_scan(
     """Output [B, T, D] in u's dtype, final state and source states [B, D, N]; arguments as in the public function."""
     groups = math.lcm(B.shape[2], *(source.B.shape[2] for source in sources))
     plan = _make_plan(
-        u.shape, A.shape[1], groups, len(sources), u.device,
+        u.shape, A.shape[1], groups, len(sources), processors(u.device),
         carried=site == "carried", softplus=dt_activation == "softplus", gated=z is not None, skip=D is not None,
     )  # fmt: skip
     states = source_states or (None,) * len(sources)
