@@ -91,13 +91,26 @@ class Draft:
             at, node = (*at, last), node[last]
 
     def _opened(self, node: Any, shape: Shape, at: At) -> Any:
-        """`node`, with a bare name turned into a mapping, so that keys may be put beside it."""
-        if isinstance(node, dict) and node.get("choice") == "installed":
-            node["choice"] = installed(shape, self.registry)
+        """`node` as something that has keys: a bare name becomes a mapping, the options of a choice get their names."""
+        if isinstance(node, dict) and "choice" in node:
+            self._name_options(node, shape, at)
         if isinstance(node, str) and shape.kind(node):
             node = {"kind": node}
             self._replace(at, node)
         return node
+
+    def _name_options(self, choice: dict[str, Any], shape: Shape, at: At) -> None:
+        """Give each option its label as a name, so that it keeps it whatever is set below."""
+        options = choice["choice"]
+        if options == "installed":
+            options = installed(shape, self.registry)
+        if isinstance(options, list):
+            names = labels(options, shape)
+            if len(set(names)) < len(names):
+                raise InputError("two options of a choice on the way are the same")
+            for index, name in enumerate(names):
+                self._move((*at, "choice", index), (*at, "choice", name))
+            choice["choice"] = dict(zip(names, options, strict=True))
 
     def _replace(self, at: At, value: Any) -> None:
         parent = self.tree
@@ -108,8 +121,8 @@ class Draft:
     def _step(self, node: Any, shape: Shape, names: list[str], at: At, said: str) -> tuple[At, Shape]:
         """Take names off the front of `names`; gives the keys that lead one place down, and its shape."""
         name = names.pop(0)
-        if isinstance(node, dict) and isinstance(node.get("choice"), (list, dict)):
-            return ("choice", _option(node["choice"], shape, name, names, said)), shape
+        if isinstance(node, dict) and isinstance(node.get("choice"), dict):
+            return ("choice", _option(node["choice"], name, names, said)), shape
         if isinstance(node, list):
             return (_index(node, name),), shape.child(node, int(name), self.registry)
         if not isinstance(node, dict):
@@ -128,20 +141,11 @@ class Draft:
     def _put(self, node: Any, last: Any, value: Any, shape: Shape, at: At, flag: str) -> None:
         """Put `value` at `last` of `node`; where a choice stands, the label of an option picks it as it is."""
         old = node[last] if isinstance(node, list) else node.get(last)
-        if isinstance(old, dict) and old.get("choice") == "installed":
-            old["choice"] = installed(shape, self.registry)
-        if (
-            isinstance(old, dict)
-            and isinstance(old.get("choice"), (list, dict))
-            and not isinstance(value, (dict, list))
-        ):
-            options = old["choice"]
-            by_label = dict(zip(labels(options, shape), keys(options), strict=True))
+        if isinstance(old, dict) and "choice" in old and not isinstance(value, (dict, list)):
+            self._name_options(old, shape, at)
             name = labels([value], shape)[0]
-            if name in by_label:
-                # One option is left; by its name its label still enters the paths below it.
-                self._move((*at, "choice", by_label[name]), (*at, "choice", name))
-                old["choice"] = {name: options[by_label[name]]}
+            if isinstance(old["choice"], dict) and name in old["choice"]:
+                old["choice"] = {name: old["choice"][name]}
                 self._values[at] = self._keys[at] = flag
                 return
         node[last] = value
@@ -161,12 +165,11 @@ class Draft:
         self._values[at] = self._keys[at] = flag
 
 
-def _option(options: Any, shape: Shape, name: str, below: list[str], said: str) -> int | str:
-    """The index or name of the option called `name`."""
-    known = labels(options, shape)
+def _option(options: dict[str, Any], name: str, below: list[str], said: str) -> str:
+    """`name`, which must be that of an option with something asked for below it."""
+    known = keys(options)
     if name in known and below:
-        found: int | str = keys(options)[known.index(name)]
-        return found
+        return name
     examples = " or ".join(".".join([said, option, name, *below]) for option in known)
     raise InputError(f"{said} is a choice: name one of its options, such as {examples}")
 

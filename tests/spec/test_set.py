@@ -48,6 +48,16 @@ def test_a_label_picks_its_option_as_it_is_and_its_paths_stay(tmp_path: Path) ->
     assert paths(study(tmp_path, text, [("model.core", f"'{label}'")]))[0] == f"model.core.{label}.value_factor"
 
 
+def test_an_option_keeps_its_label_whatever_is_set_below_it() -> None:
+    two = "{choice: [{kind: retnet, heads: 2}, {kind: retnet, heads: 4}]}"
+    below = "model.core.retnet{heads=2}"
+    overrides = [("model.core", two), (f"{below}.norm_eps", "1e-5"), (f"{below}.value_factor", "1.5")]
+    loaded = Study.load(None, overrides)
+    assert loaded.space == [Choice("model.core", ("retnet{heads=2}", "retnet{heads=4}"))]
+    core = loaded.point({"model.core": "retnet{heads=2}"}).model.core.model_dump()
+    assert core == {"kind": "retnet", "heads": 2, "norm_eps": 1e-5, "value_factor": 1.5}
+
+
 def test_what_is_no_label_replaces_open_or_not(tmp_path: Path) -> None:
     assert paths(study(tmp_path, overrides=[("model.core", "gau_retnet")]))[0] == "model.dense"
     opened = study(tmp_path, overrides=[("train.lr", "{float: [1e-3, 1e-2]}"), ("train.tokens", "{choice: [1k, 2k]}")])
