@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from accuracy import as_dtype, assert_as_accurate, assert_equal_within, run_with_gradients
 
-from dense_lab_kernels import decay_attention
+from dense_lab_kernels import ImplementationError, decay_attention, recording
 
-IMPLEMENTATIONS = ("reference", "chunked")
+needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+IMPLEMENTATIONS = ("reference", "chunked", pytest.param("numba", marks=needs_numba))
 reference = partial(decay_attention, impl="reference")
 chunked = partial(decay_attention, impl="chunked")
+
+
+def numba(*, log_decay: torch.Tensor, **rest: Any) -> Any:
+    """The walk has no gradient of the decays."""
+    return decay_attention(log_decay=log_decay.detach(), **rest, impl="numba")
+
+
+def but_decays(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in results.items() if name != "dlog_decay"}
 
 
 def inputs(
@@ -54,6 +65,38 @@ def test_chunked_equals_the_reference(tokens: int, groups: int, heads: int, deca
     assert_as_accurate(run_with_gradients(chunked, low), run_with_gradients(reference, low), exact)
 
 
+@needs_numba
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("decay", ["token", "constant"])
+@pytest.mark.parametrize(("groups", "heads", "key", "value"), [(2, 2, 5, 7), (1, 3, 32, 40)])
+@pytest.mark.parametrize("tokens", [1, 2, 63, 257])
+def test_the_walk_equals_the_reference(tokens: int, groups: int, heads: int, key: int, value: int, decay: str) -> None:
+    given = inputs(tokens, groups=groups, heads=heads, key=key, value=value, decay=decay, strength=0.2)
+    exact = but_decays(run_with_gradients(reference, given))
+    assert_equal_within(run_with_gradients(numba, given), exact, tolerance=1e-11)
+    low = as_dtype(given, torch.float32)
+    exact = but_decays(run_with_gradients(reference, as_dtype(low, torch.float64)))
+    assert_as_accurate(run_with_gradients(numba, low), but_decays(run_with_gradients(reference, low)), exact)
+
+
+@needs_numba
+def test_who_walks_over_the_tokens_on_a_cpu() -> None:
+    given = inputs(9)
+    with recording() as ran:
+        decay_attention(**given)
+        assert ran == {"decay_attention": "numba"}
+        decay_attention(**inputs(9, key=128, value=128))
+        assert ran == {"decay_attention": "chunked"}
+        given["log_decay"].requires_grad_()
+        with torch.no_grad():
+            decay_attention(**given)
+        assert ran == {"decay_attention": "numba"}
+        decay_attention(**given)
+        assert ran == {"decay_attention": "chunked"}
+    with pytest.raises(ImplementationError, match="numba' cannot run here: it has no gradient of log_decay"):
+        decay_attention(**given, impl="numba")
+
+
 def test_large_heads_take_longer_chunks() -> None:
     given = inputs(100, groups=1, heads=1, key=70, value=66, strength=0.2)
     assert_equal_within(run_with_gradients(chunked, given), run_with_gradients(reference, given), tolerance=1e-11)
@@ -79,15 +122,13 @@ def test_weak_decays_keep_their_digits_after_strong_ones() -> None:
 @pytest.mark.parametrize("decay", ["token", "constant"])
 def test_gradients_are_those_of_the_formula(impl: str, decay: str) -> None:
     given = inputs(35, groups=1, heads=2, key=2, value=3, decay=decay)
-    leaves = [
-        tensor[:1].clone().requires_grad_() if tensor.ndim > 1 else tensor.requires_grad_() for tensor in given.values()
-    ]
-    q, k, v, log_decay, state = leaves
-    assert torch.autograd.gradcheck(
-        lambda *x: tuple(decay_attention(*x[:4], initial_state=x[4], impl=impl)),
-        (q, k, v, log_decay, state),
-        fast_mode=True,
-    )
+    leaves = {name: tensor[:1] if tensor.ndim > 1 else tensor for name, tensor in given.items()}
+    fixed = {"log_decay": leaves.pop("log_decay")} if impl == "numba" else {}
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(decay_attention(**dict(zip(leaves, tensors, strict=True)), **fixed, impl=impl))
+
+    assert torch.autograd.gradcheck(run, [x.clone().requires_grad_() for x in leaves.values()], fast_mode=True)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -98,6 +139,7 @@ def test_pieces_with_the_state_handed_on_equal_the_whole(impl: str, decay: str) 
     def in_pieces(lengths: list[int]) -> Any:
         def run(q: Any, k: Any, v: Any, log_decay: Any, initial_state: Any) -> Any:
             state, outputs = initial_state, []
+            log_decay = log_decay.detach() if impl == "numba" else log_decay
             steps = [log_decay] * len(lengths) if decay == "constant" else log_decay.split(lengths, 1)
             for q_, k_, v_, decay_ in zip(
                 q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), steps, strict=True

@@ -13,15 +13,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, triton_verdict
+from dense_lab_kernels._dispatch import choose, numba_verdict, triton_verdict
 from dense_lab_kernels.decay_attention import chunked, reference
 
 __all__ = ["DecayAttentionOutput", "decay_attention"]
 
 _OPERATION = "decay_attention"
+# Numbers in a head's state up to which a CPU walks over the tokens; beyond, the state leaves the nearest cache and
+# products of matrices are faster.
+_LARGEST_STATE = 64 * 128
 
 
 class DecayAttentionOutput(NamedTuple):
@@ -46,7 +50,7 @@ def decay_attention(
     v: [B, T, H, V]. The dtypes of q, k, v and log_decay may differ, except that float64 does not mix.
     log_decay: g <= 0, natural logarithm: [H] (constant over time) or [B, T, H]. Positive values are not refused.
     initial_state: [B, H, K, V]; None means zeros.
-    impl: "auto", "triton" (GPU), "chunked" (matrix form in torch, any device) or "reference" (token by token).
+    impl: "auto", "triton" (GPU), "numba" (CPU), "chunked" (matrix form in torch, any device) or "reference".
 
     Differentiable with respect to every tensor; gradients flow from both results.
     Raises ValueError for shapes, dtypes or devices that do not fit; ImplementationError for an impl that cannot run.
@@ -55,19 +59,33 @@ def decay_attention(
     arguments = (q, k, v, log_decay)
     verdicts = {
         "triton": triton_verdict(_OPERATION, impl, v.device, *arguments, initial_state=initial_state),
+        "numba": numba_verdict(v.device) or _no_walk(log_decay),
         "chunked": None,
         "reference": None,
     }
+    if q.shape[-1] * v.shape[-1] > _LARGEST_STATE:
+        verdicts = {name: verdicts[name] for name in ("triton", "chunked", "numba", "reference")}
     match choose(_OPERATION, impl, verdicts):
         case "triton":
             from dense_lab_kernels.decay_attention import triton
 
             run = triton.decay_attention
+        case "numba":
+            from dense_lab_kernels.decay_attention import cpu
+
+            run = cpu.decay_attention
         case "chunked":
             run = chunked.decay_attention
         case _:
             run = reference.decay_attention
     return DecayAttentionOutput(*run(*arguments, initial_state=initial_state))
+
+
+def _no_walk(log_decay: Tensor) -> str | None:
+    """Why the walk over tokens cannot serve these decays."""
+    if log_decay.requires_grad and torch.is_grad_enabled():
+        return "it has no gradient of log_decay"
+    return None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> None:
