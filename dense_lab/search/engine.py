@@ -22,7 +22,7 @@ from dense_lab.search.progress import Progress, snapshot
 from dense_lab.search.project import Projector
 from dense_lab.search.supervise import Supervisor
 from dense_lab.search.worker import Job, Train
-from dense_lab.tracking.mlflow_store import NONE, default_uri, pending
+from dense_lab.tracking.place import NONE, default_uri, pending
 
 if TYPE_CHECKING:
     from dense_lab.space import Study

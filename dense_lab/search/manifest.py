@@ -10,7 +10,7 @@ from dense_lab import __version__
 from dense_lab.errors import InputError
 from dense_lab.files import read_json, write_json, write_text
 from dense_lab.search.plan import Plan
-from dense_lab.search.storage import masked
+from dense_lab.urls import masked
 
 if TYPE_CHECKING:
     from dense_lab.space import Study

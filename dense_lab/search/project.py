@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dense_lab.files import FileLock
 from dense_lab.results import TrialView, read_study
-from dense_lab.search.storage import masked
+from dense_lab.urls import masked
 
 if TYPE_CHECKING:
     from dense_lab.tracking.mlflow_store import Projection

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dense_lab.errors import InputError, MachineError
+from dense_lab.urls import masked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,10 +118,3 @@ def load_study(url: str, name: str) -> tuple[optuna.Study, BaseStorage]:
 
     storage = open_storage(url)
     return optuna.load_study(study_name=name, storage=storage), storage
-
-
-def masked(url: str) -> str:
-    """The URL without its password."""
-    head, at, tail = url.rpartition("@")
-    scheme, slashes, account = head.partition("://")
-    return f"{scheme}{slashes}{account.split(':')[0]}{at}{tail}" if at else url

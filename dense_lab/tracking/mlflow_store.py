@@ -8,87 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from dense_lab.errors import MachineError
-from dense_lab.files import FileLock, read_json, write_json
+from dense_lab.files import FileLock
 from dense_lab.results import FINISHED, StudyResults, TrialView, read_study
-from dense_lab.search.storage import masked
 from dense_lab.tracking import record as records
+from dense_lab.tracking.place import MEMORY, Memory, choose_uri, default_uri, open_client, place_of, probe
+from dense_lab.urls import masked
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Run
 
 Item = TypeVar("Item")
-NONE = "none"
-"""Given to a search for the tracking URI, leaves MLflow out."""
-MEMORY = "mlflow.json"
-"""What was sent, in the study's folder and in each trial's."""
 LOCK = "mlflow.lock"
 """Held, in the study's folder, by the process that is sending."""
 _METRICS, _PARAMS = 1000, 100
 """MLflow's limits for one batch."""
-
-
-def default_uri(folder: Path) -> str:
-    """The database in the study's folder."""
-    return f"sqlite:///{folder.resolve()}/mlflow.db"
-
-
-def choose_uri(folder: Path, uri: str | None) -> str:
-    """`uri`, else the one the study's searches were given, else the default."""
-    given = read_json(folder / "manifest.json").get("mlflow")
-    return uri or (given if given and given != NONE else default_uri(folder))
-
-
-def open_client(uri: str) -> MlflowClient:
-    """A client that looks nowhere else, and that gives a dead server up within seconds rather than minutes."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    _probe(uri)
-    from mlflow import MlflowClient
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    return MlflowClient(uri)
-
-
-def _probe(uri: str) -> None:
-    """Raise at once when an SQLite database is locked; MLflow itself would try again for up to an hour."""
-    if not uri.startswith("sqlite:///"):
-        return
-    path = Path(uri.removeprefix("sqlite:///"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=1, isolation_level=None)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("ROLLBACK")
-
-
-class Memory:
-    """What one file remembers of what one tracking URI has been sent; written after every step."""
-
-    def __init__(self, path: Path, place: str) -> None:
-        self.path, self.place = path, place
-        self.sent: dict[str, Any] = read_json(path).get(place, {})
-
-    def update(self, **values: Any) -> None:
-        """Remember `values` as well."""
-        self.sent |= values
-        write_json(self.path, {**read_json(self.path), self.place: self.sent})
-
-    def forget(self) -> None:
-        """Start over, as though nothing had been sent."""
-        self.sent = {}
-        self.update()
 
 
 class Projection:
@@ -102,7 +41,7 @@ class Projection:
 
     def send(self, study: StudyResults) -> None:
         """One pass over the study and its trials."""
-        _probe(self.uri)
+        probe(self.uri)
         memory = Memory(self.folder / MEMORY, self.place)
         experiment = self._experiment(study, memory)
         parent = self._run(
@@ -249,17 +188,6 @@ class Projection:
             memory.update(said=said)
         report = sorted(path for path in (self.folder / "report").rglob("*") if path.is_file())
         self._send_artifacts(parent, [self.folder / "study.yaml", self.folder / "study.json", *report], memory)
-
-
-def place_of(folder: Path, uri: str) -> str:
-    """How a memory calls a tracking URI: without a password, and so that the folder can be moved."""
-    return "mlflow.db" if uri == default_uri(folder) else masked(uri)
-
-
-def pending(study: StudyResults, uri: str) -> list[int]:
-    """Numbers of the trials of which something has not been sent to `uri`; imports nothing and asks nobody."""
-    place = place_of(study.folder, uri)
-    return [t.number for t in study.trials if t.folder and not Memory(t.folder / MEMORY, place).sent.get("done")]
 
 
 class Sent(Counter[str]):

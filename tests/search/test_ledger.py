@@ -10,7 +10,7 @@ from dense_lab.files import read_json, write_json
 from dense_lab.results import read_study
 from dense_lab.search import ledger as book
 from dense_lab.search.owner import this_process
-from dense_lab.search.storage import masked
+from dense_lab.urls import masked
 from tests.search.fakes import calls, stored, train
 from tests.search.helpers import CONTINUOUS, SIX, Here, study
 

@@ -18,7 +18,8 @@ from dense_lab.results import read_study
 from dense_lab.search import ledger as book
 from dense_lab.search import search
 from dense_lab.search.storage import default_url, load_study
-from dense_lab.tracking.mlflow_store import default_uri, sync
+from dense_lab.tracking import sync
+from dense_lab.tracking.place import default_uri, open_client
 from tests.search import fakes
 from tests.search.helpers import CONTINUOUS, study
 
@@ -81,8 +82,6 @@ def test_six_workers_on_a_fresh_folder_three_of_them_killed(tmp_path):
 
 
 def assert_mlflow_agrees(results):
-    from dense_lab.tracking.mlflow_store import open_client
-
     client = open_client(default_uri(results.folder))
     experiment = client.get_experiment_by_name(results.name)
     runs = client.search_runs([experiment.experiment_id], max_results=1000)

@@ -15,7 +15,8 @@ from dense_lab.files import read_json, write_json
 from dense_lab.results import read_study
 from dense_lab.search import project
 from dense_lab.tracking import record, sync
-from dense_lab.tracking.mlflow_store import MEMORY, Projection, default_uri, open_client
+from dense_lab.tracking.mlflow_store import Projection
+from dense_lab.tracking.place import MEMORY, default_uri, open_client
 from tests.search.fakes import train
 from tests.search.helpers import CONTINUOUS, Here, study
 
