@@ -40,7 +40,8 @@ def make(
         return draw(B, T, D) - 1 if softplus else draw(B, T, D).abs() * 0.3
 
     inputs: dict[str, Any] = {
-        "u": draw(B, T, D), "dt": step(), "A": -draw(D, N).exp(), "B": draw(B, T, groups, N), "C": draw(B, T, groups, N),
+        "u": draw(B, T, D), "dt": step(), "A": -draw(D, N).exp(),
+        "B": draw(B, T, groups, N), "C": draw(B, T, groups, N),
         "D": draw(D), "z": draw(B, T, D), "dt_bias": draw(D), "initial_state": draw(B, D, N),
     }  # fmt: skip
     if m:
@@ -129,7 +130,8 @@ def test_rows_of_a_wider_tensor() -> None:
     inputs = as_dtype(make((2, 9, 8, 4)), torch.float32)
     both = torch.cat([inputs["u"], inputs["z"]], dim=-1)
     halves = inputs | {"u": both[..., :8], "z": both[..., 8:]}
-    for found, expected in zip(selective_scan(**halves, impl="triton"), selective_scan(**inputs, impl="triton"), strict=True):
+    strided, apart = (selective_scan(**x, impl="triton") for x in (halves, inputs))
+    for found, expected in zip(strided, apart, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 

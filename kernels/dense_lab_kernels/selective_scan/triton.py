@@ -181,7 +181,8 @@ def _walk(
     given = [outputs.get(name) if outputs.get(name) is not None else inputs.A for name in names]
     inputs.run(
         forward.forward, grid, tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups),
-        inputs.A, inputs.bias, inputs.skip, entry, *given, plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, segment, every,
+        inputs.A, inputs.bias, inputs.skip, entry, *given,
+        plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, segment, every,
         **plan.flags(), HAS_Z=plan.gated and output, HAS_SKIP=plan.skip and output, OUTPUT=output,
         RAW=outputs.get("raw") is not None, KEEP=outputs.get("kept") is not None,
         SUMS=outputs.get("spans") is not None, M=plan.sources,
@@ -239,7 +240,8 @@ def _adjoint(
 
     def launch(entry: Tensor, last: Tensor, output: bool) -> None:
         inputs.run(
-            backward.adjoint, _walk_grid(plan, plan.segments), tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), inputs.A, inputs.bias,
+            backward.adjoint, _walk_grid(plan, plan.segments),
+            tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), inputs.A, inputs.bias,
             entry, dz if plan.gated else grad, ends, last,
             plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.segment,
             **plan.flags(), HAS_Z=plan.gated, OUTPUT=output, M=plan.sources,
@@ -290,7 +292,8 @@ def _gradients(
     if stream == 0:
         tokens = (*inputs.u, *inputs.dt, *inputs.gates, *outer)
         inputs.run(
-            backward.own_gradients, grid, tokens, _strides(tokens), inputs.shared, _shared_strides(inputs.shared, plan.groups),
+            backward.own_gradients, grid,
+            tokens, _strides(tokens), inputs.shared, _shared_strides(inputs.shared, plan.groups),
             inputs.A, inputs.bias, inputs.skip, kept, ends, *rows,
             parts.shared[0], parts.shared[1], parts.A, parts.channels[0], parts.channels[1], *sizes,
             HAS_SKIP=plan.skip, M=plan.sources, **flags,
@@ -299,15 +302,14 @@ def _gradients(
         tokens = (inputs.u[stream], inputs.dt[stream], inputs.dt[0], inputs.gates[stream - 1], *outer)
         tables = (inputs.shared[stream], inputs.shared[-1])
         inputs.run(
-            backward.source_gradients, grid, tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), stream, inputs.A, inputs.bias,
-            kept, ends, *rows, parts.shared[0], parts.A, parts.channels[1], *sizes, **flags,
+            backward.source_gradients, grid, tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups),
+            stream, inputs.A, inputs.bias, kept, ends, *rows, parts.shared[0], parts.A, parts.channels[1], *sizes,
+            **flags,
         )  # fmt: skip
     return parts, rows
 
 
-def _gather(
-    plan: Plan, tensors: tuple[Tensor | None, ...], run: Callable[..., None] = _run
-) -> tuple[_Inputs, Tensor]:
+def _gather(plan: Plan, tensors: tuple[Tensor | None, ...], run: Callable[..., None] = _run) -> tuple[_Inputs, Tensor]:
     """The kernels' inputs and the initial states [m + 1, B, N, D], from the flat arguments."""
     u, dt, A, B, C, D, z, bias, initial = tensors[:9]
     sources = [tensors[9 + 7 * i : 16 + 7 * i] for i in range(plan.sources)]
@@ -422,3 +424,71 @@ def selective_scan(
     extra = [t for s, gate, state in zip(sources, gates, states, strict=True) for t in (*s, gate, state)]
     out, final, *others = _SelectiveScan.apply(plan, u, dt, A, B, C, D, z, dt_bias, initial_state, *extra)
     return out, final, tuple(others)
+
+
+_UNSPECIALIZED = {"T", "segment", "every", "segments", "span", "splits", "groups", "stream"}
+
+
+def _signature(argument: Any) -> Any:
+    """The Triton type of an argument as launches find it."""
+    if isinstance(argument, tuple):
+        return tuple(_signature(item) for item in argument)
+    if isinstance(argument, Tensor):
+        short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[argument.dtype]
+        return f"*{short}:16"
+    return "i32:16" if argument % 16 == 0 else "i32"
+
+
+def _sm90_case(name: str, launch: Launch) -> Sm90Case:
+    options = dict(launch.options)
+    warps = options.pop("num_warps")
+    arguments = zip(launch.kernel.arg_names, launch.arguments, strict=False)
+    signature = {n: "i32" if n in _UNSPECIALIZED else _signature(value) for n, value in arguments}
+    return Sm90Case(f"{name}-{launch.kernel.__name__}", launch.kernel, signature, options, warps, 3)
+
+
+def _example(tokens: int, states: int, m: int, site: str, dtype: torch.dtype) -> tuple[Plan, tuple[Tensor | None, ...]]:
+    """Plan and flat arguments, without memory, of B = 8 sequences of 2048 channels on 132 processors."""
+    B, D = (8 if tokens <= 2048 else 1), 2048
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    def stream() -> tuple[Tensor, ...]:
+        return (
+            empty(B, tokens, D),
+            empty(B, tokens, D),
+            empty(D, states, kind=torch.float32),
+            empty(B, tokens, 1, states),
+        )
+
+    vector = empty(D, kind=torch.float32)
+    flat: tuple[Tensor | None, ...] = (
+        *stream(),
+        empty(B, tokens, 1, states),
+        vector,
+        empty(B, tokens, D),
+        vector,
+        None,
+    )
+    for _ in range(m):
+        flat += (*stream(), vector, empty(B, tokens, D), None)
+    options = {"carried": site == "carried", "softplus": True, "gated": True, "skip": True}
+    return _make_plan(torch.Size((B, tokens, D)), states, 1, m, 132, **options), flat
+
+
+def sm90_cases() -> Iterator[Sm90Case]:
+    """The launches of a training step with and without sources, with many states, and cut in segments."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    chosen = [
+        ("plain", (2048, 16, 0, "readout", bf16), (0, 1, 2, 3)),
+        ("plain-fp32", (2048, 16, 0, "readout", fp32), (0, 3)),
+        ("states-64", (2048, 64, 0, "readout", bf16), (0, 3)),
+        ("segments", (32768, 16, 0, "readout", bf16), (0, 1, 3)),
+        ("readout-2", (2048, 16, 2, "readout", bf16), (3, 4)),
+        ("carried-2", (2048, 16, 2, "carried", bf16), (0, 1, 3, 4)),
+    ]
+    for name, example, wanted in chosen:
+        launches = _launches(*_example(*example), training=True)
+        for i in wanted:
+            yield _sm90_case(f"{name}-{i}", launches[i])

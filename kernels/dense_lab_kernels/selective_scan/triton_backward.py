@@ -1,14 +1,16 @@
 """Backward kernels of the selective scan: the states' gradients walk back in time, then every tile is on its own.
 
-Two steps. `adjoint` walks the tokens backwards with the gradients of the states in registers, as the forward does with the
-states, and keeps them at the end of every tile of TILE tokens (the states at the start of every tile come from a forward
-walk). `own_gradients` and `source_gradients` then take each tile alone: they replay its states into registers, walk back
-and give all gradients. Since tiles no longer wait for each other, a program can stay at a tile and pass over many channels:
-the gradients of B and C, sums over channels, grow in registers and leave them once; those of A, sums over tokens, grow in a
-buffer that only this program touches. No atomics: the result does not depend on scheduling.
+Two steps. `adjoint` walks the tokens backwards with the gradients of the states in registers, as the forward does with
+the states, and keeps them at the end of every tile of TILE tokens (the states at the start of every tile come from a
+forward walk). `own_gradients` and `source_gradients` then take each tile alone: they replay its states into registers,
+walk back and give all gradients. Since tiles no longer wait for each other, a program can stay at a tile and pass over
+many channels: the gradients of B and C, sums over channels, grow in registers and leave them once; those of A, sums
+over tokens, grow in a buffer that only this program touches. No atomics: the result does not depend on scheduling.
 
 Letters as in the forward; states of a tile are [TILE, NP, BLOCK].
 """
+
+# ruff: noqa: RUF005 - Triton knows no unpacking inside a tuple
 
 from __future__ import annotations
 
@@ -117,7 +119,7 @@ def adjoint(
             gate = rows[M + i].to(tl.float32)[:, None, :]
             other_step = tl.where(live, activate(rows[i].to(tl.float32) + biases[i][None, :], SOFTPLUS), 0.0)
             other_a = exp2(decay[i][None, :, :] * other_step[:, None, :])
-            others, start = walk_back(other_a, gate * inflow, s[i], j, TILE, True)
+            _gradients, start = walk_back(other_a, gate * inflow, s[i], j, TILE, True)
             starts = starts + (start,)
         s = starts
     for i in tl.static_range(M + 1):
@@ -129,7 +131,7 @@ def slope(x, SOFTPLUS: tl.constexpr):
     """Derivative of `activate`."""
     if SOFTPLUS:
         return sigmoid(x)
-    else:
+    else:  # noqa: RET505 - resolved when compiling
         return x * 0.0 + 1.0
 
 
@@ -167,7 +169,7 @@ def store_shared(out, split, group, groups, t, n, T, NP: tl.constexpr, sums):
 
 @triton.jit(do_not_specialize=["T", "span", "splits", "groups"])
 def own_gradients(
-    tokens, strides,  # [B, T, D] each: u of every stream, dt of every stream, the gates, the output's gradient, z if gated
+    tokens, strides,  # [B, T, D] each: u of every stream, dt of every stream, the gates, the output's gradient, z
     tables, table_strides,  # as in `forward`
     A, bias, skip,
     kept, ends,  # [m + 1, B, tiles, N, D]: states before every tile, gradients of the own states after it
@@ -179,7 +181,7 @@ def own_gradients(
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr, M: tl.constexpr,
     NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the layer's own stream, for one split of a group's channels and `span` tiles; grid (G splits, B, spans)."""
+    """Gradients of the own stream, for one split of a group's channels and `span` tiles; grid (G splits, B, spans)."""
     group, split, begin, end = own_share(per_group, splits, BLOCK)
     batch = tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(T, TILE)
@@ -216,7 +218,7 @@ def own_gradients(
                 other_h = load_states(kept + piece_offset(i, tile, tiles, D, N), offsets, mask)
                 other_b = shared[i].to(tl.float32)[:, :, None] * (other_step * rows[i].to(tl.float32))[:, None, :]
                 other_a = exp2(other_decay[None, :, :] * other_step[:, None, :])
-                others_before, others = replay(other_a, other_b, other_h, j, TILE)
+                _before, others = replay(other_a, other_b, other_h, j, TILE)
                 inflow += rows[2 * M + 1 + i].to(tl.float32)[:, None, :] * others
             if CARRIED:
                 b += inflow
@@ -224,7 +226,7 @@ def own_gradients(
             if M > 0 and not CARRIED:
                 fused += inflow
             C_sums += fused * grad[:, None, :]
-            dh, none = walk_back(a, shared[M + 1].to(tl.float32)[:, :, None] * grad[:, None, :], s, j, TILE, False)
+            dh, _start = walk_back(a, shared[M + 1].to(tl.float32)[:, :, None] * grad[:, None, :], s, j, TILE, False)
             B_sums += dh * (step * value)[:, None, :]
             flow = tl.sum(dh * B, axis=1)
             lost = a * dh * before
@@ -256,7 +258,7 @@ def source_gradients(
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr,
     NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one source, as `own_gradients`: its states receive gate x (CARRIED: own states' gradient, else C dy)."""
+    """Gradients of one source; its states receive gate x (CARRIED: the own states' gradient, else C dy)."""
     group, split, begin, end = own_share(per_group, splits, BLOCK)
     batch = tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(T, TILE)
@@ -287,10 +289,10 @@ def source_gradients(
                 own_x = rows[2].to(tl.float32) + tl.load(bias + channel, mask=exists, other=0.0)[None, :]
                 own_step = tl.where(live, activate(own_x, SOFTPLUS), 0.0)
                 own_a = exp2((load_states(A, offsets, mask) * LOG2_E)[None, :, :] * own_step[:, None, :])
-                inflow, own_start = walk_back(own_a, inflow, own_s, j, TILE, False)
+                inflow, _own_start = walk_back(own_a, inflow, own_s, j, TILE, False)
             a = exp2((rate * LOG2_E)[None, :, :] * step[:, None, :])
             before, after = replay(a, B * (step * value)[:, None, :], h, j, TILE)
-            dh, none = walk_back(a, rows[3].to(tl.float32)[:, None, :] * inflow, s, j, TILE, False)
+            dh, _start = walk_back(a, rows[3].to(tl.float32)[:, None, :] * inflow, s, j, TILE, False)
             B_sums += dh * (step * value)[:, None, :]
             flow = tl.sum(dh * B, axis=1)
             lost = a * dh * before

@@ -1,16 +1,17 @@
 """Forward kernels of the selective scan: tiles of tokens, with the states in registers from tile to tile.
 
-A program owns BLOCK channels of one group and walks its segment TILE tokens at a time. Steps, decays and inflows of a tile
-are computed at once as [TILE, NP, BLOCK]; then one multiply-add per state and token makes the states, in order: no scan
-tree. The decays of a tile do not wait for each other, so that one warp keeps the special-function unit busy.
-Rows and shared rows (B, C) of the next tile are fetched while the present one is computed.
-Long sequences with few channels are cut in segments: one walk from zero finds each segment's end state, `join` hands the
-states on from segment to segment, and a second walk starts from them. The decay over a segment needs no product:
-it is exp(A * sum of dt).
+A program owns BLOCK channels of one group and walks its segment TILE tokens at a time. Steps, decays and inflows of a
+tile are computed at once as [TILE, NP, BLOCK]; then one multiply-add per state and token makes the states, in order: no
+scan tree. The decays of a tile do not wait for each other, so that one warp keeps the special-function unit busy. Rows
+and shared rows (B, C) of the next tile are fetched while the present one is computed. Long sequences with few channels
+are cut in segments: one walk from zero finds each segment's end state, `join` hands the states on from segment to
+segment, and a second walk starts from them. The decay over a segment needs no product: it is exp(A * sum of dt).
 
-Letters: B batch, T tokens, D channels, N states, G groups; m sources. A *stream* is one recurrence: 0 is the layer's own,
-1 .. m the sources. State buffers are [m + 1, B, K, N, D] with K pieces of time.
+Letters: B batch, T tokens, D channels, N states, G groups; m sources. A *stream* is one recurrence: 0 is the layer's
+own, 1 .. m the sources. State buffers are [m + 1, B, K, N, D] with K pieces of time.
 """
+
+# ruff: noqa: RUF005 - Triton knows no unpacking inside a tuple
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def exp2(x):
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    else:
+    else:  # noqa: RET505 - the branch is resolved when compiling, and must not leave a second return behind
         return tl.exp2(x)
 
 
@@ -41,7 +42,7 @@ def reciprocal(x):
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    else:
+    else:  # noqa: RET505
         return 1.0 / x
 
 
@@ -49,8 +50,8 @@ def reciprocal(x):
 def activate(x, SOFTPLUS: tl.constexpr):
     """The step dt, from dt + dt_bias.
 
-    softplus(x) = max(x, 0) + log1p(e), e = exp(-|x|); log1p(e) = 2 artanh(e / (2 + e)) by its series, to 4e-8 of itself:
-    the logarithm of the hardware is 1e-7 off in absolute terms, which is much for the small steps of a trained model.
+    softplus(x) = max(x, 0) + log1p(e), e = exp(-|x|); log1p(e) = 2 artanh(e / (2 + e)) by its series, to 4e-8 of itself.
+    The logarithm of the hardware is 1e-7 off in absolute terms, which is much for the small steps of a trained model.
     """
     if SOFTPLUS:
         e = exp2(-tl.abs(x) * LOG2_E)
@@ -92,8 +93,8 @@ def own_channels(per_group, BLOCK: tl.constexpr):
 def state_offsets(channel, n, D):
     """Offsets [BLOCK, NP] of the states of one token in [N, D].
 
-    The compiler is told that nothing lies side by side: it then gives neighbouring threads neighbouring channels, as the
-    computation wants them, instead of 16 bytes to a thread, which only these rare accesses would like.
+    The compiler is told that nothing lies side by side: it then gives neighbouring threads neighbouring channels, as
+    the computation wants them, instead of 16 bytes to a thread, which only these rare accesses would like.
     """
     return tl.max_contiguous(channel[:, None] + n[None, :] * D, [1, 1])
 
@@ -144,14 +145,14 @@ def keep(kept, h, piece, pieces, offsets, mask, D, N):
 
 @triton.jit(do_not_specialize=["T", "segment", "every"])
 def forward(
-    tokens, strides,  # [B, T, D] each: u of every stream, dt of every stream, the gates, z if any; (batch, token) strides
-    tables, table_strides,  # [B, T, G, N] each: B of every stream, C; (batch, token, group) strides, groups that share one
+    tokens, strides,  # [B, T, D] each: u of every stream, dt of every stream, the gates, z if any; (batch, token)
+    tables, table_strides,  # [B, T, G, N] each: B of every stream, C; (batch, token, group, sharers)
     A, bias, skip,  # [m + 1, N, D], [m + 1, D] and [D], float32
     entry,  # [m + 1, B, segments, N, D]: the states at the start of every segment
     out, raw,  # [B, T, D]; raw: y before the gate, for the backward
     kept,  # [m + 1, B, ceil(T / every), N, D]: the states before every `every` tokens
     last,  # [m + 1, B, segments, N, D]: the states at the end of every segment
-    crossed, spans,  # [m, B, segments, N, D] couplings of the sources to the own state; [m + 1, B, segments, D] sums of dt
+    crossed, spans,  # [m, B, segments, N, D] couplings of sources to the own state; [m + 1, B, segments, D] sums of dt
     T, D, N, per_group, segment, every,
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr,
     OUTPUT: tl.constexpr, RAW: tl.constexpr, KEEP: tl.constexpr, SUMS: tl.constexpr,
@@ -190,7 +191,7 @@ def forward(
         live = (t < end)[:, None]
         rows = fetch(tokens, strides, batch, t, channel, live & exists[None, :])
         shared = fetch_shared(tables, table_strides, batch, group, t, n, live & (n < N)[None, :])
-        if KEEP:
+        if KEEP:  # noqa: SIM102 - the outer one is resolved when compiling
             if t0 % every == 0:
                 keep(kept, h, t0 // every, tl.cdiv(T, every), offsets, tile_mask, D, N)
         ends, totals, next_cross, next_product = (), (), (), ()
@@ -209,7 +210,7 @@ def forward(
                 totals = totals + (sums[i] + tl.sum(other_step, axis=0),)
                 if CARRIED:
                     products, product_end = scan(other_a, tl.zeros_like(other_a), product[i - 1], j, TILE)
-                    crosses, cross_end = scan(a, gate * products, cross[i - 1], j, TILE)
+                    _crosses, cross_end = scan(a, gate * products, cross[i - 1], j, TILE)
                     next_product, next_cross = next_product + (product_end,), next_cross + (cross_end,)
         value = rows[0].to(tl.float32)
         b = shared[0].to(tl.float32)[:, :, None] * (step * value)[:, None, :]
@@ -248,7 +249,7 @@ def join(
     states,  # [m + 1, B, segments, N, D]; in: what each segment adds to a zero state; out: the state it starts from
     crossed, spans,  # as `forward` stores them
     A,  # [m + 1, N, D]
-    first,  # [m + 1, B, N, D]: the state that the first segment (BACKWARD: the last one) starts from; replaced by the end
+    first,  # [m + 1, B, N, D]: what the first segment (BACKWARD: the last) starts from; becomes the end
     D, N, segments,
     CARRIED: tl.constexpr, BACKWARD: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
