@@ -17,7 +17,17 @@ from dense_lab.yaml_file import Document, parse
 
 _DOT = re.compile(r"\.(?![^{}]*\})")
 """A dot that is not within the braces of a label such as `retnet{value_factor=1.5}`."""
+_EQUALS = re.compile(r"=(?![^{}]*\})")
+"""The first `=` that is not within the braces of a label."""
 _PRESET = f"model.{presets.KEY}"
+
+
+def split_override(text: str) -> tuple[str, str]:
+    """`path=value` as (path, value); raises InputError when it is none."""
+    parts = _EQUALS.split(text, maxsplit=1)
+    if len(parts) < 2 or not parts[0].strip():
+        raise InputError(Problem("expected PATH=VALUE, such as train.tokens=500k", where=f"--set {text}"))
+    return parts[0].strip(), parts[1]
 
 
 class Draft:

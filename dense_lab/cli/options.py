@@ -41,14 +41,9 @@ device = click.option("--device", default="auto", show_default=True, help="auto,
 def load_study(path: Path, overrides: Sequence[str]) -> Study:
     """The study of a YAML file with `--set` overrides applied; raises InputError."""
     from dense_lab.space import Study
+    from dense_lab.space_set import split_override
 
-    pairs = []
-    for text in overrides:
-        key, sign, value = text.partition("=")
-        if not sign or not key:
-            raise InputError(f"--set {text}: expected PATH=VALUE, such as train.tokens=500k")
-        pairs.append((key.strip(), value))
-    return Study.load(path, pairs)
+    return Study.load(path, [split_override(text) for text in overrides])
 
 
 def study_folder(study: Path, runs: Path) -> Path:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dense_lab.errors import InputError
 from dense_lab.space import Choice, Float, Study
+from dense_lab.space_set import split_override
 from tests.spec.studies import SPACE, complaint, of, study
 
 Overrides = list[tuple[str, str]]
@@ -156,3 +158,25 @@ def test_the_tree_that_is_left_is_the_same_study(tmp_path: Path, overrides: Over
     assert second.space == first.space
     assert second.digest() == first.digest()
     assert [second.point(p) for p in first.covering()] == [first.point(p) for p in first.covering()]
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        ("train.lr=1e-3", ("train.lr", "1e-3")),
+        ("model.core={kind: retnet, x-a: b=c}", ("model.core", "{kind: retnet, x-a: b=c}")),
+        (
+            "model.core.retnet{heads=2,norm_eps=1e-5}.value_factor=2",
+            ("model.core.retnet{heads=2,norm_eps=1e-5}.value_factor", "2"),
+        ),
+        ("name=", ("name", "")),
+    ],
+)
+def test_an_override_is_split_at_its_own_equals_sign(text: str, pair: tuple[str, str]) -> None:
+    assert split_override(text) == pair
+
+
+@pytest.mark.parametrize("text", ["train.lr", "=3", "model.core.retnet{heads=2}"])
+def test_what_is_no_override_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="expected PATH=VALUE"):
+        split_override(text)
