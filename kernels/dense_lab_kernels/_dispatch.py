@@ -14,7 +14,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
@@ -48,6 +48,17 @@ def choose(operation: str, impl: str, verdicts: Mapping[str, str | None]) -> str
     if log is not None:
         log[operation] = wanted
     return wanted
+
+
+def implementation(operation: str, name: str) -> Callable[..., Any]:
+    """The function of the implementation `name`, imported on first use: `cpu.py` holds numba's, others `<name>.py`."""
+    module = importlib.import_module(f"dense_lab_kernels.{operation}.{'cpu' if name == 'numba' else name}")
+    return getattr(module, operation)
+
+
+def preferring(name: str, verdicts: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The verdicts with that of `name` first, so that "auto" takes it whenever it can run."""
+    return {name: verdicts[name], **verdicts}
 
 
 def requested(operation: str, impl: str) -> str:

@@ -53,7 +53,7 @@ def test_an_implementation_asked_for_by_name_never_falls_back(monkeypatch: pytes
 
 
 def test_an_unknown_implementation_names_those_there_are() -> None:
-    with pytest.raises(ImplementationError, match="unknown; there are triton, numba, chunked, reference"):
+    with pytest.raises(ImplementationError, match="unknown; there are .*triton.*reference"):
         scan(impl="cuda")
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from dense_lab_kernels._checks import compute_dtype
 from dense_lab_kernels._numba import run
 from dense_lab_kernels._vector import WIDTH
-from dense_lab_kernels.causal_conv1d import loops, reference
+from dense_lab_kernels.causal_conv1d import loops
 
 
 def causal_conv1d(
@@ -26,8 +26,6 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, D] and final state [B, D, W-1] in x's dtype; arguments as in the public function."""
     batch, tokens, channels = x.shape
-    if tokens == 1:  # One token is one product.
-        return reference.causal_conv1d(x, weight, bias, activation=activation, initial_state=initial_state)
     dtype = compute_dtype(x)
     extra = -channels % WIDTH
 

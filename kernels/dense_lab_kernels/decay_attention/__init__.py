@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, numba_verdict, triton_verdict
-from dense_lab_kernels.decay_attention import chunked, reference
+from dense_lab_kernels._dispatch import choose, implementation, numba_verdict, preferring, triton_verdict
 
 __all__ = ["DecayAttentionOutput", "decay_attention"]
 
@@ -63,22 +62,16 @@ def decay_attention(
         "chunked": None,
         "reference": None,
     }
-    if q.shape[-1] * v.shape[-1] > _LARGEST_STATE:
-        verdicts = {name: verdicts[name] for name in ("triton", "chunked", "numba", "reference")}
-    match choose(_OPERATION, impl, verdicts):
-        case "triton":
-            from dense_lab_kernels.decay_attention import triton
-
-            run = triton.decay_attention
-        case "numba":
-            from dense_lab_kernels.decay_attention import cpu
-
-            run = cpu.decay_attention
-        case "chunked":
-            run = chunked.decay_attention
-        case _:
-            run = reference.decay_attention
+    if v.device.type == "cpu":
+        verdicts = preferring(_best_on_cpu(q, v), verdicts)
+    run = implementation(_OPERATION, choose(_OPERATION, impl, verdicts))
     return DecayAttentionOutput(*run(*arguments, initial_state=initial_state))
+
+
+def _best_on_cpu(q: Tensor, v: Tensor) -> str:
+    if v.shape[1] == 1:  # one token is one step of the recurrence
+        return "reference"
+    return "numba" if q.shape[-1] * v.shape[-1] <= _LARGEST_STATE else "chunked"
 
 
 def _no_walk(log_decay: Tensor) -> str | None:

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dense_lab_kernels._checks import compute_dtype
-from dense_lab_kernels.decay_attention import reference
 
 
 def _longest_chunk(key_size: int, value_size: int) -> int:
@@ -37,8 +36,6 @@ def decay_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, V] in v's dtype and final state [B, H, K, V]; arguments as in the public function."""
     batch, tokens, heads, value_size = v.shape
-    if tokens == 1:  # One token is one step of the recurrence.
-        return reference.decay_attention(q, k, v, log_decay, initial_state=initial_state)
     dtype = compute_dtype(v)
     chunks = math.ceil(tokens / _longest_chunk(q.shape[-1], value_size))
     if initial_state is None:

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from dense_lab_kernels._checks import compute_dtype
 from dense_lab_kernels._numba import run
 from dense_lab_kernels._vector import WIDTH
-from dense_lab_kernels.decay_attention import loops, reference
+from dense_lab_kernels.decay_attention import loops
 from dense_lab_kernels.decay_attention.loops import PAIR
 
 
@@ -32,8 +32,6 @@ def decay_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, V] in v's dtype and final state [B, H, K, V]; arguments as in the public function."""
     batch, tokens, heads, value_size = v.shape
-    if tokens == 1:  # One token is one step of the recurrence.
-        return reference.decay_attention(q, k, v, log_decay, initial_state=initial_state)
     dtype, key_size = compute_dtype(v), q.shape[-1]
     if initial_state is None:
         initial_state = v.new_zeros(batch, heads, key_size, value_size, dtype=dtype)

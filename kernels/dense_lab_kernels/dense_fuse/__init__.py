@@ -15,8 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, numba_verdict, triton_verdict
-from dense_lab_kernels.dense_fuse import reference
+from dense_lab_kernels._dispatch import choose, implementation, numba_verdict, triton_verdict
 
 __all__ = ["dense_fuse"]
 
@@ -54,17 +53,7 @@ def dense_fuse(
         "numba": numba_verdict(own.device),
         "reference": None,
     }
-    match choose(_OPERATION, impl, verdicts):
-        case "triton":
-            from dense_lab_kernels.dense_fuse import triton
-
-            run = triton.dense_fuse
-        case "numba":
-            from dense_lab_kernels.dense_fuse import cpu
-
-            run = cpu.dense_fuse
-        case _:
-            run = reference.dense_fuse
+    run = implementation(_OPERATION, choose(_OPERATION, impl, verdicts))
     return run(*arguments, **options)
 
 

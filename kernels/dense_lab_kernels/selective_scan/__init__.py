@@ -21,8 +21,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, numba_verdict, triton_verdict
-from dense_lab_kernels.selective_scan import reference
+from dense_lab_kernels._dispatch import choose, implementation, numba_verdict, preferring, triton_verdict
 
 __all__ = ["ScanSource", "SelectiveScanOutput", "selective_scan"]
 
@@ -100,17 +99,9 @@ def selective_scan(
         "numba": numba_verdict(u.device),
         "reference": None,
     }
-    match choose(_OPERATION, impl, verdicts):
-        case "triton":
-            from dense_lab_kernels.selective_scan import triton
-
-            run = triton.selective_scan
-        case "numba":
-            from dense_lab_kernels.selective_scan import cpu
-
-            run = cpu.selective_scan
-        case _:
-            run = reference.selective_scan
+    if u.device.type == "cpu" and u.shape[1] == 1:  # one token is one step of the recurrence
+        verdicts = preferring("reference", verdicts)
+    run = implementation(_OPERATION, choose(_OPERATION, impl, verdicts))
     return SelectiveScanOutput(*run(*arguments, **options))
 
 

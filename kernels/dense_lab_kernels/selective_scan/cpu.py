@@ -20,7 +20,7 @@ from torch.nn.functional import pad, softplus
 from dense_lab_kernels._checks import compute_dtype
 from dense_lab_kernels._numba import run
 from dense_lab_kernels._vector import WIDTH
-from dense_lab_kernels.selective_scan import loops, reference
+from dense_lab_kernels.selective_scan import loops
 from dense_lab_kernels.selective_scan.loops import SEGMENT
 
 
@@ -42,24 +42,7 @@ def selective_scan(
     source_states: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Output [B, T, D] in u's dtype, final state and source states [B, D, N]; arguments as in the public function."""
-    batch, tokens, channels = u.shape
-    if tokens == 1:  # One token is one step of the recurrence.
-        return reference.selective_scan(
-            u,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            z,
-            dt_bias,
-            dt_activation=dt_activation,
-            initial_state=initial_state,
-            sources=sources,
-            gates=gates,
-            site=site,
-            source_states=source_states,
-        )
+    batch, _, channels = u.shape
     streams = [(u, dt, A, B, dt_bias), *sources]
     channel = _Channels(channels, [C.shape[2], *(stream[3].shape[2] for stream in streams)])
     dtype = compute_dtype(u)
