@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dense_lab.corpus import Batch
 from dense_lab.model import LanguageModel
+from dense_lab.recording import recorded
 from dense_lab.training.device import Place, out_of_memory
 from dense_lab.training.step import EagerStep, Piece, StepFunction, StepOutput, split
 
@@ -97,8 +98,7 @@ class _Recording:
         _capturable(step.optimizer, "graph")
         step.set_rate(self._lr)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads (a tracker, a loader) may call CUDA meanwhile.
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+        with recorded(self._graph, stream):
             self._output = step.compute(map(Piece, parts, self._shares.unbind()))
 
     def fits(self, batch: Batch) -> bool:

@@ -122,7 +122,7 @@ class StepClock:
         elif isinstance(now, float) and isinstance(self._start, float):
             self._laps.append(now - self._start)
         else:
-            self._open.append((self._start, now))  # type: ignore[arg-type]
+            self._open.append((self._start, now))
         self._start = now
 
     def median(self) -> float | None:
