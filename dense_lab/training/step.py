@@ -85,7 +85,7 @@ class EagerStep:
         for piece in pieces:
             with self.place.autocast():
                 loss = self.model.loss(*piece.batch) * piece.share
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             losses.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
@@ -122,7 +122,7 @@ class StepClock:
         elif isinstance(now, float) and isinstance(self._start, float):
             self._laps.append(now - self._start)
         else:
-            self._open.append((self._start, now))
+            self._open.append((self._start, now))  # type: ignore[arg-type]
         self._start = now
 
     def median(self) -> float | None:
