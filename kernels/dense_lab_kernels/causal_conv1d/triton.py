@@ -145,16 +145,14 @@ def _forward(
             tl.store(place, value.to(final_state.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "segment"])
+@triton.jit(do_not_specialize=["tokens", "segment", "before"])
 def _backward(
     grad,
-    d_final,  # gradient of the final state, or None
     x,
     weight,
     bias,
     state,
-    d_x,
-    d_state,
+    d_x,  # [B, before + tokens, D]: from the state's first token on, if there is a state
     d_taps,  # [shares, D W + D], fp32: the taps' gradients, then the bias's
     grad_batch_stride,
     grad_token_stride,
@@ -163,6 +161,7 @@ def _backward(
     tokens,
     channels,
     segment,
+    before,  # W-1 with a state, else 0
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -171,7 +170,6 @@ def _backward(
     HAS_STATE: tl.constexpr = state is not None
     batch, start, channel, mask, share = _place(tokens, channels, segment, BLOCK)
     x += batch * x_batch_stride
-    states = (batch * channels + channel) * (WIDTH - 1)
     if HAS_STATE:
         state += batch * channels * (WIDTH - 1)
     taps = _taps(weight, channel, mask, WIDTH)
@@ -193,7 +191,8 @@ def _backward(
     reach = tl.minimum(segment + (WIDTH - 1), tokens - start).to(tl.int32)  # later outputs saw these inputs too
     here = x + start * x_token_stride + channel
     above = grad + batch * grad_batch_stride + start * grad_token_stride + channel
-    there = d_x + (batch * tokens + start) * channels + channel
+    there = d_x + (batch * (before + tokens) + before + start) * channels + channel
+    lowest = tl.where(start == 0, -before, 0)
     for first in range(0, count + (WIDTH - 1), UNROLL):
         fresh = ()
         upstream = ()
@@ -224,15 +223,7 @@ def _backward(
             for i in tl.static_range(WIDTH):
                 d_value += taps[WIDTH - 1 - i] * slopes[i]
             s = t - (WIDTH - 1)
-            if d_final is not None:
-                late = s + start - tokens + (WIDTH - 1)
-                kept = _span(mask, 0, late, WIDTH - 1)
-                d_value += tl.load(d_final + states + late, mask=kept, other=0.0).to(tl.float32)
-            tl.store(there + s * channels, d_value.to(d_x.dtype.element_ty), mask=_span(mask, 0, s, count))
-            if HAS_STATE:
-                place = d_state + states + s + (WIDTH - 1)
-                early = _span(mask, 1 - WIDTH, s + start, 0)
-                tl.store(place, d_value.to(d_state.dtype.element_ty), mask=early)
+            tl.store(there + s * channels, d_value.to(d_x.dtype.element_ty), mask=_span(mask, lowest, s, count))
             window = window[1:]
             slopes = slopes[1:]
 
@@ -304,11 +295,16 @@ class _Problem(NamedTuple):
         sizes = (*x.stride()[:2], *x.shape[1:], blocks.segment)
         return Launch(_forward, (x, weight, bias, state, out, final_state, *sizes), self.options(blocks))
 
-    def backward(self, blocks: _Blocks, grad: Tensor, d_final: Tensor | None, *results: Tensor | None) -> Launch:
-        """The launch that fills the results: d_x, d_state, d_taps."""
+    @property
+    def before(self) -> int:
+        """Tokens of the state."""
+        return 0 if self.state is None else self.weight.shape[1] - 1
+
+    def backward(self, blocks: _Blocks, grad: Tensor, d_x: Tensor, d_taps: Tensor) -> Launch:
+        """The launch that fills the results."""
         x, weight, bias, state, _ = self
-        tensors = (grad, d_final, x, weight, bias, state, *results)
-        sizes = (*grad.stride()[:2], *x.stride()[:2], *x.shape[1:], blocks.segment)
+        tensors = (grad, x, weight, bias, state, d_x, d_taps)
+        sizes = (*grad.stride()[:2], *x.stride()[:2], *x.shape[1:], blocks.segment, self.before)
         return Launch(_backward, (*tensors, *sizes), self.options(blocks))
 
     def compile(self, out: Tensor) -> None:
@@ -319,8 +315,8 @@ class _Problem(NamedTuple):
         taps = torch.empty(0, dtype=torch.float32, device=out.device)
         launches = (
             self.forward(ahead, out, out),
-            self.backward(back, out, None, out, self.state, taps),
-            sum_rows_launch(taps, torch.empty(0, dtype=self.sum_dtype, device=out.device), 1, self.weight.numel() + self.x.shape[2]),
+            self.backward(back, out, out, taps),
+            sum_rows_launch(taps, taps.to(self.sum_dtype), 1, self.weight.numel() + self.x.shape[2]),
         )
         compile_once(key, lambda: launches)
 
@@ -366,19 +362,22 @@ class _CausalConv1d(torch.autograd.Function):
         x, weight, bias, state = ctx.saved_tensors
         problem = _problem(x, weight, bias, state, ctx.activation)
         grad = torch.zeros_like(problem.x) if grad is None else _neighbours(grad)
-        d_final = None if d_final is None else d_final.contiguous()
-        d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        d_state = None if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
         channels, width = weight.shape
+        # The state is a sequence's first tokens: their gradients are written, and handed out, as a part of its own.
+        d_x = torch.empty(x.shape[0], problem.before + x.shape[1], channels, dtype=x.dtype, device=x.device)
         blocks = problem.backward_blocks()
         shares = torch.empty(problem.shares(blocks), channels * (width + 1), dtype=torch.float32, device=x.device)
-        work = problem.backward(blocks, grad, d_final, d_x, d_state, shares)
+        work = problem.backward(blocks, grad, d_x, shares)
         with torch.cuda.device_of(x):
             launch(work.kernel, problem.programs(blocks), work.arguments, work.options)
             d_weight, d_bias = sum_rows(shares, problem.sum_dtype).split([channels * width, channels])
+        if d_final is not None and width > 1:
+            last = min(width - 1, d_x.shape[1])
+            d_x[:, -last:] += d_final[..., -last:].mT
+        d_state = None if state is None else d_x[:, : problem.before].mT.to(state.dtype)
         d_weight = d_weight.view(channels, width).to(weight.dtype)
         d_bias = None if bias is None else d_bias.to(bias.dtype)
-        return d_x, d_weight, d_bias, d_state, None
+        return d_x[:, problem.before :], d_weight, d_bias, d_state, None
 
 
 def causal_conv1d(
@@ -403,7 +402,7 @@ def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any)
 
 
 def _sm90_case(kind: str, width: int, dtype: str = "bf16", channels: int = 2048, tokens: int = 2048) -> Sm90Case:
-    """`kind`: "forward", "backward" or either with "-state" (initial state, and gradient of the final one)."""
+    """`kind`: "forward", "backward" or either with "-state" (an initial state is given)."""
     stream, size, state = f"*{dtype}:16", "i32:16", "constexpr"
     if kind.endswith("-state"):
         state = stream
@@ -412,9 +411,9 @@ def _sm90_case(kind: str, width: int, dtype: str = "bf16", channels: int = 2048,
     if kind.startswith("forward"):
         kernel, signature = _forward, {**given, "out": stream, "final_state": stream, **sizes}
     else:
-        results = {"d_x": stream, "d_state": state, "d_taps": "*fp32:16"}
+        results = {"d_x": stream, "d_taps": "*fp32:16"}
         strides = {"grad_batch_stride": size, "grad_token_stride": size}
-        kernel, signature = _backward, {"grad": stream, "d_final": state, **given, **results, **strides, **sizes}
+        kernel, signature = _backward, {"grad": stream, **given, **results, **strides, **sizes, "before": "i32"}
     absent = [name for name, type_ in signature.items() if type_ == "constexpr"]
     blocks = _blocks((8, tokens, channels), 132, None if kind.startswith("forward") else width - 1)
     constexprs = {"WIDTH": width, "SILU": True, "BLOCK": blocks.channels, "UNROLL": blocks.unroll}
