@@ -30,7 +30,6 @@ from dense_lab_kernels.selective_scan.triton_forward import (
     pick,
     piece_offset,
     state_offsets,
-    store_states,
 )
 
 
@@ -79,7 +78,7 @@ def adjoint(
     n = tl.arange(0, NP)
     j = tl.arange(0, TILE)
     offsets = state_offsets(channel, n, D)
-    tile_mask = exists[:, None] & (n < N)[None, :]
+    tile_mask = (n < N)[:, None] & exists[None, :]
     batch = tl.program_id(1).to(tl.int64)
     piece, segments = tl.program_id(2), tl.num_programs(2)
     begin = piece * segment
@@ -123,7 +122,7 @@ def adjoint(
             starts = starts + (start,)
         s = starts
     for i in tl.static_range(M + 1):
-        store_states(last + piece_offset(i, piece, segments, D, N), offsets, tile_mask, s[i])
+        tl.store(last + piece_offset(i, piece, segments, D, N) + offsets, s[i], mask=tile_mask)
 
 
 @triton.jit
@@ -196,7 +195,7 @@ def own_gradients(
         for place in tl.range(begin, end, BLOCK, num_stages=STAGES):
             exists = place + tl.arange(0, BLOCK) < end
             channel = group * per_group + place + tl.arange(0, BLOCK)
-            mask = exists[:, None] & (n < N)[None, :]
+            mask = (n < N)[:, None] & exists[None, :]
             offsets = state_offsets(channel, n, D)
             rows = fetch(tokens, strides, batch, t, channel, live & exists[None, :])
             shared = fetch_shared(tables, table_strides, batch, group, t, n, live & (n < N)[None, :])
@@ -239,7 +238,7 @@ def own_gradients(
             out = (batch * T + t.to(tl.int64))[:, None] * D + channel[None, :]
             tl.store(du + out, value_grad.to(du.dtype.element_ty), mask=live & exists[None, :])
             tl.store(ddt + out, x_grad.to(ddt.dtype.element_ty), mask=live & exists[None, :])
-            accumulate(dA + home * N, offsets, tl.trans(tl.sum(lost * step[:, None, :], axis=0)), tile == first, mask)
+            accumulate(dA + home * N, offsets, tl.sum(lost * step[:, None, :], axis=0), tile == first, mask)
             accumulate(dbias + home, channel, tl.sum(x_grad, axis=0), tile == first, exists)
         store_shared(dB, split, group, groups, t, n, T, NP, tl.sum(B_sums, axis=2))
         store_shared(dC, split, group, groups, t, n, T, NP, tl.sum(C_sums, axis=2))
@@ -272,7 +271,7 @@ def source_gradients(
         for place in tl.range(begin, end, BLOCK, num_stages=STAGES):
             exists = place + tl.arange(0, BLOCK) < end
             channel = group * per_group + place + tl.arange(0, BLOCK)
-            mask = exists[:, None] & (n < N)[None, :]
+            mask = (n < N)[:, None] & exists[None, :]
             offsets = state_offsets(channel, n, D)
             rows = fetch(tokens, strides, batch, t, channel, live & exists[None, :])
             shared = fetch_shared(tables, table_strides, batch, group, t, n, live & (n < N)[None, :])
@@ -303,6 +302,6 @@ def source_gradients(
             tl.store(du + out, (flow * step).to(du.dtype.element_ty), mask=live & exists[None, :])
             tl.store(ddt + out, x_grad.to(ddt.dtype.element_ty), mask=live & exists[None, :])
             tl.store(dgate + out, gate_grad.to(dgate.dtype.element_ty), mask=live & exists[None, :])
-            accumulate(dA + home * N, offsets, tl.trans(tl.sum(lost * step[:, None, :], axis=0)), tile == first, mask)
+            accumulate(dA + home * N, offsets, tl.sum(lost * step[:, None, :], axis=0), tile == first, mask)
             accumulate(dbias + home, channel, tl.sum(x_grad, axis=0), tile == first, exists)
         store_shared(dB, split, group, groups, t, n, T, NP, tl.sum(B_sums, axis=2))

@@ -91,23 +91,19 @@ def own_channels(per_group, BLOCK: tl.constexpr):
 
 @triton.jit
 def state_offsets(channel, n, D):
-    """Offsets [BLOCK, NP] of the states of one token in [N, D].
+    """Offsets [NP, BLOCK] of the states of one token in [N, D].
 
-    The compiler is told that nothing lies side by side: it then gives neighbouring threads neighbouring channels, as
-    the computation wants them, instead of 16 bytes to a thread, which only these rare accesses would like.
+    The compiler is told that channels lie side by side, but on odd addresses: it then gives neighbouring threads
+    neighbouring channels, as the computation wants them, instead of 16 bytes to a thread, which only these rare
+    accesses would like.
     """
-    return tl.max_contiguous(channel[:, None] + n[None, :] * D, [1, 1])
+    return tl.multiple_of(tl.max_contiguous(n[:, None] * D + channel[None, :], [1, 2]), [1, 1])
 
 
 @triton.jit
 def load_states(pointer, offsets, mask):
     """[NP, BLOCK]"""
-    return tl.trans(tl.load(pointer + offsets, mask=mask, other=0.0))
-
-
-@triton.jit
-def store_states(pointer, offsets, mask, states):
-    tl.store(pointer + offsets, tl.trans(states), mask=mask)
+    return tl.load(pointer + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -140,7 +136,7 @@ def fetch_shared(tables, strides, batch, group, t, n, mask):
 @triton.jit
 def keep(kept, h, piece, pieces, offsets, mask, D, N):
     for i in tl.static_range(len(h)):
-        store_states(kept + piece_offset(i, piece, pieces, D, N), offsets, mask, h[i])
+        tl.store(kept + piece_offset(i, piece, pieces, D, N) + offsets, h[i], mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "segment", "every"])
@@ -166,7 +162,7 @@ def forward(
     n = tl.arange(0, NP)
     j = tl.arange(0, TILE)
     offsets = state_offsets(channel, n, D)
-    tile_mask = exists[:, None] & (n < N)[None, :]
+    tile_mask = (n < N)[:, None] & exists[None, :]
     batch = tl.program_id(1).to(tl.int64)
     piece, segments = tl.program_id(2), tl.num_programs(2)
     begin = piece * segment
@@ -236,12 +232,12 @@ def forward(
             tl.store(out + place, y.to(out.dtype.element_ty), mask=live & exists[None, :])
     for i in tl.static_range(M + 1):
         if OUTPUT or SUMS:
-            store_states(last + piece_offset(i, piece, segments, D, N), offsets, tile_mask, h[i])
+            tl.store(last + piece_offset(i, piece, segments, D, N) + offsets, h[i], mask=tile_mask)
         if SUMS:
             span = ((i * tl.num_programs(1) + batch) * segments + piece) * D
             tl.store(spans + span + channel, sums[i], mask=exists)
             if CARRIED and i:
-                store_states(crossed + piece_offset(i - 1, piece, segments, D, N), offsets, tile_mask, cross[i - 1])
+                tl.store(crossed + piece_offset(i - 1, piece, segments, D, N) + offsets, cross[i - 1], mask=tile_mask)
 
 
 @triton.jit(do_not_specialize=["segments"])
