@@ -1,12 +1,14 @@
 """Decoding: the prompt in one chunkwise pass, then one token at a time from a state of constant size.
 
 On a GPU the single-token step is recorded as a CUDA graph over static buffers that hold the state, which kernels update
-in place; a replay costs one launch. Elsewhere, and where a step cannot be recorded, it runs operation by operation.
+in place; a replay costs one launch. Linear maps of one tensor become one product there, on a copy of their weights.
+Elsewhere, and where a step cannot be recorded, it runs operation by operation.
 Letters: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from torch.utils import _pytree as pytree
 from dense_lab import registry as registries
 from dense_lab.errors import InputError
 from dense_lab.model import LanguageModel
+from dense_lab.recording import MergedProducts, recorded
 
 _WARM_UP = 2
 """Eager steps before the recording, in which kernels compile; their tokens count."""
@@ -47,7 +50,10 @@ GREEDY = Sampling()
 
 
 class Decoder:
-    """A model with the state after a prompt; every `advance` gives one more token for each sequence."""
+    """A model with the state after a prompt; every `advance` gives one more token for each sequence.
+
+    Changes of the model's weights after the first step go unseen on a GPU.
+    """
 
     def __init__(self, model: LanguageModel, ids: Tensor, sampling: Sampling = GREEDY, seed: int = 0) -> None:
         """ids [B, T] on the model's device; T >= 1. The model is used as it is: put it in evaluation mode before."""
@@ -59,6 +65,7 @@ class Decoder:
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream = torch.cuda.Stream(ids.device) if ids.is_cuda else None
+        self._products = MergedProducts() if ids.is_cuda else contextlib.nullcontext()
         with torch.no_grad():
             x, state = model.features(ids)
             self._state = pytree.tree_map_only(Tensor, torch.clone, state)
@@ -74,7 +81,7 @@ class Decoder:
             self._graph.replay()
         else:
             if self.mode == "graph" and self._steps > _WARM_UP:
-                self._record()
+                self._record(self._stream)
                 if self._graph is not None:
                     self._graph.replay()
                     return self.token
@@ -86,7 +93,7 @@ class Decoder:
 
     @torch.no_grad()
     def _step(self) -> None:
-        with registries.default().states_reused():
+        with registries.default().states_reused(), self._products:
             logits, state = self.model.step(self.token, self._state)
         old, new = (pytree.tree_leaves(tree) for tree in (self._state, state))
         moved = [(a, b) for a, b in zip(old, new, strict=True) if isinstance(a, Tensor) and a is not b]
@@ -95,12 +102,10 @@ class Decoder:
             torch._foreach_copy_(*map(list, zip(*((a, b) for a, b in moved if a.dtype == dtype), strict=True)))
         self.token.copy_(self.sampling.choose(logits, self.generator))
 
-    def _record(self) -> None:
+    def _record(self, stream: torch.cuda.Stream) -> None:
         graph = torch.cuda.CUDAGraph()
-        if self.sampling.temperature != 0:
-            graph.register_generator_state(self.generator)
         try:
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with recorded(graph, stream, [self.generator] if self.sampling.temperature != 0 else []):
                 self._step()
         except RuntimeError as error:  # What torch and CUDA raise for an operation that cannot be recorded.
             self.mode = f"eager: {' '.join(str(error).split())[:200]}"

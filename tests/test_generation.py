@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dense_lab.errors import InputError
 from dense_lab.generation import Sampling, generate
 from dense_lab.model import LanguageModel, ModelSpec
+from dense_lab.recording import MergedProducts
 
 CORES = ["retnet", "gau_retnet", "mamba"]
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -56,6 +60,30 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
         expected = torch.zeros(4).scatter(0, order, expected[order] / expected[order].sum())
         # Four standard deviations of a frequency over 20,000 draws are at most 4 * 0.5 / sqrt(20000).
         assert (drawn - expected).abs().max() < 0.0142
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_linear_maps_of_one_tensor_are_one_product(core: str) -> None:
+    model, merged, products = build(core).eval(), MergedProducts(), []
+    with torch.no_grad():
+        for token in prompt("cpu").unbind(1)[:3]:
+            with Products() as counted, merged:
+                logits = model.step(token).logits
+            products.append(counted.number)
+            expected = model.step(token).logits
+            # float32: sums of at most 64 products in another order, through three layers.
+            assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert products[0] > products[1] == products[2]
+
+
+class Products(TorchFunctionMode):
+    """Counts linear maps."""
+
+    number = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.nn.functional.linear
+        return func(*args, **(kwargs or {}))
 
 
 def test_the_state_stays_the_decoders_own() -> None:
