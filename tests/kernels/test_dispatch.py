@@ -45,7 +45,7 @@ def test_the_argument_goes_before_the_block_and_the_inner_block_before_the_outer
 
 def test_an_implementation_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    message = "decay_attention: impl='triton' cannot run here: tensors are on cpu. These can: auto, .*chunked"
+    message = r"decay_attention: impl='triton' cannot run here: tensors are on cpu. These can: auto, .*chunked"
     with pytest.raises(ImplementationError, match=message):
         scan(impl="triton")
     with using({"decay_attention": "triton"}), pytest.raises(ImplementationError, match=message):
@@ -53,7 +53,7 @@ def test_an_implementation_asked_for_by_name_never_falls_back(monkeypatch: pytes
 
 
 def test_an_unknown_implementation_names_those_there_are() -> None:
-    with pytest.raises(ImplementationError, match="unknown; there are .*triton.*reference"):
+    with pytest.raises(ImplementationError, match=r"unknown; there are .*triton.*reference"):
         scan(impl="cuda")
 
 
