@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STDLIB = sys.stdlib_module_names
-KERNELS_MAY = {"torch", "triton", "numpy", "numba", "dense_lab_kernels"}
+KERNELS_MAY = {"torch", "triton", "numpy", "numba", "llvmlite", "dense_lab_kernels"}
 
 
 def imported(path: Path) -> set[str]:
