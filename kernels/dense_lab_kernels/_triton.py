@@ -129,7 +129,8 @@ def launch(kernel: Any, programs: int, arguments: Sequence[Any], options: Mappin
     if INTERPRETED:
         kernel[(programs,)](*arguments, **options)
         return
-    key = (id(kernel), torch.cuda.current_device(), *map(_kind, arguments), *options.values())
+    kinds = [argument if type(argument) is int else _kind(argument) for argument in arguments]
+    key = (id(kernel), torch.cuda.current_device(), *kinds, *options.values())
     known = _binaries.get(key)
     if known is not None:
         binary, constants = known
@@ -155,7 +156,7 @@ def sum_rows(shares: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     rows, columns = shares.shape
     out = torch.empty(columns, dtype=dtype, device=shares.device)
     kernel, arguments, options = sum_rows_launch(shares, out, rows, columns)
-    launch(kernel, triton.cdiv(columns, options["BLOCK_COLUMNS"]), arguments, options)
+    launch(kernel, cdiv(columns, options["BLOCK_COLUMNS"]), arguments, options)
     return out
 
 
@@ -164,6 +165,16 @@ def _kind(argument: Any) -> Hashable:
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16
     return tuple(map(_kind, argument)) if isinstance(argument, tuple) else argument
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, which kernels can call as well, costs a host microseconds."""
+    return -(-a // b)
+
+
+def power_of_2(size: int) -> int:
+    """The least power of two that is not below `size` (at least 1); cheap where `triton.next_power_of_2` is not."""
+    return 1 << (size - 1).bit_length()
 
 
 def unsupported_place(tensor: torch.Tensor) -> str | None:

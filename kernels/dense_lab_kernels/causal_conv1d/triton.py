@@ -23,8 +23,10 @@ from torch.autograd.function import once_differentiable
 from dense_lab_kernels._triton import (
     Launch,
     Sm90Case,
+    cdiv,
     compile_once,
     launch,
+    power_of_2,
     processors,
     sigmoid,
     sum_rows,
@@ -253,9 +255,9 @@ def _blocks(shape: tuple[int, int, int], count: int, overlap: int | None = None)
     """
     batch, tokens, channels = shape
     widest, together = (128, 16) if overlap is None else (64, 8)
-    block = min(widest, max(32, triton.next_power_of_2(channels)))
-    wanted = max(1, count * _PROGRAMS // (batch * triton.cdiv(channels, block)))
-    segment = min(256, max(32, triton.next_power_of_2(triton.cdiv(tokens, wanted))))
+    block = min(widest, max(32, power_of_2(channels)))
+    wanted = max(1, count * _PROGRAMS // (batch * cdiv(channels, block)))
+    segment = min(256, max(32, power_of_2(cdiv(tokens, wanted))))
     return _Blocks(block, 1 if tokens == 1 else together, segment - (overlap or 0))
 
 
@@ -278,11 +280,11 @@ class _Problem(NamedTuple):
 
     def shares(self, blocks: _Blocks) -> int:
         """Programs along batch and time."""
-        return self.x.shape[0] * triton.cdiv(self.x.shape[1], blocks.segment)
+        return self.x.shape[0] * cdiv(self.x.shape[1], blocks.segment)
 
     def programs(self, blocks: _Blocks) -> int:
         """Channel blocks vary fastest: neighbouring programs read neighbouring memory."""
-        return self.shares(blocks) * triton.cdiv(self.x.shape[2], blocks.channels)
+        return self.shares(blocks) * cdiv(self.x.shape[2], blocks.channels)
 
     def options(self, blocks: _Blocks) -> dict[str, Any]:
         """What the kernels are specialised for."""

@@ -1,7 +1,7 @@
 """Decay attention on a GPU: the passes made of the kernels in `triton_kernels`, and their gradient.
 
-The forward is three launches (states, scores, output). The backward computes states and scores again, which is cheaper
-than keeping them: for K = 384 and V = 1536 the states are larger than v itself.
+The forward is three launches (states, scores, output), the backward five more. States and scores are kept between the
+two where they take no more memory than q, k and v, and else computed again.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, unsupported_place
+from dense_lab_kernels._triton import Launch, Sm90Case, cdiv, compile_once, power_of_2, unsupported_place
 from dense_lab_kernels.decay_attention import triton_kernels as kernels
 from dense_lab_kernels.decay_attention import triton_step
 from dense_lab_kernels.decay_attention.triton_launch import Tile, Tiles, collecting, run, tiles_for
@@ -94,7 +93,22 @@ class _Problem:
 
     @property
     def chunks(self) -> int:
-        return triton.cdiv(self.tokens, self.tiles.chunk)
+        return cdiv(self.tokens, self.tiles.chunk)
+
+    def kept(self, per_token: int) -> bool:
+        """Whether the backward gets, rather than computes again, what takes so many elements per token.
+
+        That is at most as many as q, k and v together: keeping states and scores at most trebles what is kept.
+        """
+        return per_token <= 2 * self.groups * self.key_size + self.heads * self.value_size
+
+    @property
+    def keeps_states(self) -> bool:
+        return self.kept(self.heads * self.key_size * self.value_size // self.tiles.chunk)
+
+    @property
+    def keeps_scores(self) -> bool:
+        return self.kept(self.groups * self.tiles.chunk)
 
     def options(self, tile: Tile, like: Tensor) -> dict[str, Any]:
         # float32 results must be as good as float32 arithmetic: three tf32 products come close enough, one does not.
@@ -121,10 +135,10 @@ def _decay(problem: _Problem, log_decay: Tensor) -> Tensor:
         return log_decay.contiguous()
     p = problem
     sums = log_decay.new_empty(p.batch, p.heads, p.tokens)
-    block = min(triton.next_power_of_2(p.heads), 16)
+    block = min(power_of_2(p.heads), 16)
     run(
         kernels.sum_decays_kernel,
-        p.batch * p.chunks * triton.cdiv(p.heads, block),
+        p.batch * p.chunks * cdiv(p.heads, block),
         log_decay,
         sums,
         *log_decay.stride(),
@@ -180,7 +194,7 @@ def _states(
     states = x.new_empty(p.batch, p.chunks, p.heads, p.key_size, p.value_size)
     run(
         kernels.states_kernel,
-        p.batch * p.heads * triton.cdiv(p.key_size, tile.rows) * triton.cdiv(p.value_size, tile.cols),
+        p.batch * p.heads * cdiv(p.key_size, tile.rows) * cdiv(p.value_size, tile.cols),
         x,
         y,
         decay,
@@ -189,6 +203,7 @@ def _states(
         decay if final is None else final,
         int(initial is not None),
         int(final is not None),
+        int(direction == "backward"),
         *_strides(x),
         *_strides(y),
         p.tokens,
@@ -200,7 +215,6 @@ def _states(
         BT=tile.depth,
         BK=tile.rows,
         BV=tile.cols,
-        REVERSED=direction == "backward",
         WEIGHED=p.tiles.weighed,
         EVEN_K=p.key_size % tile.rows == 0,
         EVEN_V=p.value_size % tile.cols == 0,
@@ -269,7 +283,7 @@ def _apply(
     own, sums = of_decay or (z, decay)
     run(
         kernels.apply_kernel,
-        p.batch * units * p.chunks * (p.tiles.chunk // tile.rows) * triton.cdiv(size, tile.cols),
+        p.batch * units * p.chunks * (p.tiles.chunk // tile.rows) * cdiv(size, tile.cols),
         x,
         states,
         scores,
@@ -312,7 +326,7 @@ class _DecaySums:
 
     @staticmethod
     def empty(p: _Problem, like: Tensor) -> _DecaySums:
-        side, key_tiles = p.tiles.chunk // p.tiles.score_grads.rows, triton.cdiv(p.key_size, p.tiles.keys.cols)
+        side, key_tiles = p.tiles.chunk // p.tiles.score_grads.rows, cdiv(p.key_size, p.tiles.keys.cols)
         shapes = ((2, side), (key_tiles,), (key_tiles,))
         make = torch.empty
         return _DecaySums(*(make(*s, p.batch, p.heads, p.tokens, device=like.device) for s in shapes))
@@ -359,12 +373,13 @@ def _decay_gradient(
 
 def _forward(
     problem: _Problem, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output and final state; states and scores."""
     p = problem
     final = torch.empty(p.batch, p.heads, p.key_size, p.value_size, dtype=torch.float32, device=v.device)
     states = _states(p, k, v, decay, initial, final, "forward")
     scores = _scores(p, q, k, decay, p.tiles.scores)
-    return _apply(p, q, states, scores, v, decay, "o"), final
+    return _apply(p, q, states, scores, v, decay, "o"), final, states, scores
 
 
 @dataclass(frozen=True)
@@ -374,6 +389,8 @@ class _Saved:
     v: Tensor
     decay: Tensor
     initial: Tensor | None
+    states: Tensor | None  # None: not kept
+    scores: Tensor | None
     of_decay: bool
 
 
@@ -384,9 +401,9 @@ def _backward(
     p, s = problem, saved
     initial_grad = None if s.initial is None else torch.empty_like(s.initial)
     sums = _DecaySums.empty(p, s.v) if s.of_decay else None
-    states = _states(p, s.k, s.v, s.decay, s.initial, None, "forward")
+    states = _states(p, s.k, s.v, s.decay, s.initial, None, "forward") if s.states is None else s.states
     state_grads = _states(p, s.q, out_grad, s.decay, final_grad, initial_grad, "backward")
-    scores = _scores(p, s.q, s.k, s.decay, p.tiles.scores)
+    scores = _scores(p, s.q, s.k, s.decay, p.tiles.scores) if s.scores is None else s.scores
     v_grad = _apply(p, s.k, state_grads, scores, out_grad, s.decay, "dv")
     score_grads = _scores(p, out_grad, s.v, s.decay, p.tiles.score_grads, sums and (scores, sums.scores))
     q_grad = _apply(p, out_grad, states, score_grads, s.k, s.decay, "dq", sums and (s.q, sums.q))
@@ -405,9 +422,9 @@ def _launches(
     )
     with collecting() as launches:
         decay = _decay(p, log_decay)
-        output, _final = _forward(p, q, k, v, decay, None)
+        output, _final, states, scores = _forward(p, q, k, v, decay, None)
         if gradients[0]:
-            saved = _Saved(q, k, v, decay, None, gradients[1])
+            saved = _Saved(q, k, v, decay, None, states, scores, gradients[1])
             _backward(p, saved, torch.empty_like(output), None)
     return list(launches.values())
 
@@ -433,10 +450,11 @@ class _DecayAttention(torch.autograd.Function):
         of_decay = ctx.needs_input_grad[3]
         _compile(problem, q, k, v, log_decay, (any(ctx.needs_input_grad), of_decay))
         decay = _decay(problem, log_decay)
-        output, final = _forward(problem, q, k, v, decay, initial)
+        output, final, states, scores = _forward(problem, q, k, v, decay, initial)
         ctx.set_materialize_grads(False)
         ctx.problem, ctx.of_decay = problem, of_decay
-        ctx.save_for_backward(q, k, v, decay, initial)
+        kept = states if problem.keeps_states else None, scores if problem.keeps_scores else None
+        ctx.save_for_backward(q, k, v, decay, initial, *kept)
         return output, final
 
     @staticmethod

@@ -106,7 +106,7 @@ def weigh_kernel(
         tl.store(out_ptr + cols, (x * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["has_initial", "has_final", "T", "H", "R", "n_chunks"])
+@triton.jit(do_not_specialize=["has_initial", "has_final", "backwards", "T", "H", "R", "n_chunks"])
 def states_kernel(
     x_ptr,  # [B, T, H / R, K]: k, or q when reversed; if WEIGHED, from `weigh_kernel`
     y_ptr,  # [B, T, H, V]: v, or dO when reversed
@@ -116,6 +116,7 @@ def states_kernel(
     final_ptr,  # [B, H, K, V] float32, written if has_final: the state after the walk
     has_initial,
     has_final,
+    backwards,  # 1 or 0, at run time, so that one binary serves both passes
     x_stride_b,
     x_stride_t,
     x_stride_h,
@@ -132,14 +133,13 @@ def states_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    REVERSED: tl.constexpr,
     WEIGHED: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Walk the chunks (backwards when REVERSED) with one [BK, BV] tile of the state in registers."""
+    """Walk the chunks (from the last if backwards) with one [BK, BV] tile of the state in registers."""
     pid = tl.program_id(0)
     v_tiles = tl.cdiv(V, BV)
     k_tiles = tl.cdiv(K, BK)
@@ -160,7 +160,7 @@ def states_kernel(
     state = tl.load(initial_ptr + state_offset + tile, mask=initial_mask, other=0.0)
     n_steps = n_chunks * (C // BT)
     for i in range(n_steps):
-        step = n_steps - 1 - i if REVERSED else i
+        step = i + backwards * (n_steps - 1 - 2 * i)
         chunk = step // (C // BT)
         start = chunk * C
         length = tl.minimum(C, T - start)
@@ -179,7 +179,7 @@ def states_kernel(
         y = tl.load(y_ptr + tokens[:, None] * y_stride_t + cols[None, :], mask=y_mask, other=0.0)
         if not WEIGHED:
             summed = _summed_decay(decay_ptr, batch, head, H, T, start, index, length, PER_TOKEN)
-            weight = tl.exp(summed) if REVERSED else tl.exp(whole - summed)
+            weight = tl.exp(tl.where(backwards != 0, summed, whole - summed))
             x = (x.to(tl.float32) * weight[None, :]).to(x.dtype)
         state = tl.dot(x, y, state, input_precision=PRECISION)
     final_mask = (rows < K * has_final)[:, None] & col_mask[None, :]

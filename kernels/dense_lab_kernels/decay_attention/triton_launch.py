@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
-from dense_lab_kernels._triton import Launch, launch
+from dense_lab_kernels._triton import Launch, launch, power_of_2
 
 
 @dataclass(frozen=True)
@@ -90,13 +89,19 @@ def tiles_for(key_size: int, value_size: int, per_group: int, tokens: int, dtype
     k_tile, v_tile = _fit(key_size, 128), _fit(value_size, 128)
     k_depth, v_depth = _fit(key_size, 64), _fit(value_size, 64)
     score_limit = 128 if wide else None
+    # The more tiles of values read k, the more is saved by multiplying the decays into it once.
+    weighed = wide and per_group == 1 and value_size >= 1024
+    states = Tile(min(k_tile, 64), v_tile, min(chunk, 64), 4, 3)
+    if weighed:
+        states = Tile(min(k_tile, 64), v_tile, min(chunk, 32), 4, 4)
     return Tiles(
         chunk,
-        states=Tile(min(k_tile, 64), v_tile, min(chunk, 64), 4, 3),
+        states=states,
         scores=Tile(rows, rows, k_depth, _warps(rows * rows), 3, score_limit),
         score_grads=Tile(rows, rows, v_depth, _warps(rows * rows), 3, score_limit),
         values=Tile(rows, v_tile, k_depth, _warps(rows * v_tile), 3),
         keys=Tile(rows, min(k_tile, 64) if per_group > 1 else k_tile, v_depth, _warps(rows * k_tile), 3),
+        weighed=weighed,
     )
 
 
@@ -117,7 +122,7 @@ def _float32_tiles(key_size: int, value_size: int, tokens: int) -> Tiles:
 
 def _fit(size: int, limit: int) -> int:
     """Power of two that covers `size`, from 16 (the least a matrix unit takes) to `limit`."""
-    return min(max(triton.next_power_of_2(size), 16), limit)
+    return min(max(power_of_2(size), 16), limit)
 
 
 def _warps(elements: int) -> int:
@@ -134,7 +139,10 @@ def run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         launch(kernel, programs, arguments, options)
         return
     # What decides which binary serves a launch, as far as launches of one problem differ in it.
-    kinds = (a.dtype if isinstance(a, torch.Tensor) else (a == 1, a % 16 == 0) for a in arguments)
+    kinds = (
+        a.dtype if isinstance(a, torch.Tensor) else name not in kernel.do_not_specialize and (a == 1, a % 16 == 0)
+        for name, a in zip(kernel.arg_names, arguments, strict=False)
+    )
     launches[(kernel, *kinds, *options.items())] = Launch(kernel, arguments, options)
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dense_lab_kernels._dispatch import may_reuse_states
-from dense_lab_kernels._triton import Launch, Sm90Case
+from dense_lab_kernels._triton import Launch, Sm90Case, cdiv, power_of_2
 
 __all__ = ["serves", "sm90_cases", "step"]
 
@@ -79,7 +79,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Te
 
 def _tile(key_size: int, value_size: int) -> tuple[int, int]:
     """64 keys x 64 values, 32 numbers per thread: enough programs and bytes on their way at any batch size."""
-    rows, cols = (min(64, max(16, triton.next_power_of_2(size))) for size in (key_size, value_size))
+    rows, cols = (min(64, max(16, power_of_2(size))) for size in (key_size, value_size))
     return rows, cols
 
 
@@ -109,7 +109,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tens
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     launch = _launch(q, k, v, log_decay, before, after, out)
     with torch.cuda.device_of(v):
-        _step[(batch * heads, triton.cdiv(value_size, launch.options["BV"]))](*launch.arguments, **launch.options)
+        _step[(batch * heads, cdiv(value_size, launch.options["BV"]))](*launch.arguments, **launch.options)
     return out, after
 
 

@@ -23,8 +23,10 @@ from torch.autograd.function import once_differentiable
 from dense_lab_kernels._triton import (
     Launch,
     Sm90Case,
+    cdiv,
     compile_once,
     launch,
+    power_of_2,
     processors,
     sum_rows,
     sum_rows_launch,
@@ -202,7 +204,7 @@ class _Blocks(NamedTuple):
 
 def _forward_blocks(width: int) -> _Blocks:
     """Four warps up to 4096 columns: many small programs keep more loads under way than few large ones."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     return _Blocks(max(1, 1024 // block), block, warps=4 if block <= 4096 else block // 1024)
 
 
@@ -213,7 +215,7 @@ def _backward_blocks(width: int, row_bytes: int, gates: str) -> _Blocks:
     are slower than one); with one gate per source the streams are many, and read twice, so that they fill the memory
     pipeline without.
     """
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     rows = max(1, 1024 // block)
     warps = {1024: 4, 2048: 8, 4096: 8, 8192: 16}.get(rows * block, 32)
     programs = {1024: 5, 2048: 2}.get(rows * block, 1)
@@ -311,7 +313,7 @@ def _key(problem: _Problem) -> tuple[Any, ...]:
     own, sources, gates, weight, activation = problem
     width = own.shape[1]
     dtypes = tuple(t.dtype for t in (own, *sources, *gates, *(() if weight is None else (weight,))))
-    return _OPERATION, activation, len(sources), dtypes, triton.next_power_of_2(width), width % 16 == 0
+    return _OPERATION, activation, len(sources), dtypes, power_of_2(width), width % 16 == 0
 
 
 class _DenseFuse(torch.autograd.Function):
@@ -330,7 +332,7 @@ class _DenseFuse(torch.autograd.Function):
         with torch.cuda.device_of(own):
             if any(ctx.needs_input_grad):
                 compile_once(_key(problem), lambda: [first, *_backward_like(problem, out, inverse_rms)])
-            launch(first.kernel, triton.cdiv(rows, blocks.rows), first.arguments, first.options)
+            launch(first.kernel, cdiv(rows, blocks.rows), first.arguments, first.options)
         ctx.save_for_backward(own, weight, inverse_rms, *streams)
         ctx.activation, ctx.m = activation, m
         return out
@@ -352,7 +354,7 @@ def _run_backward(
     rows, width = problem.own.shape
     m, gates, norm = len(problem.sources), problem.gates, problem.weight is not None
     blocks = problem.backward_blocks()
-    programs = min(triton.cdiv(rows, blocks.rows), processors(own.device) * blocks.programs)
+    programs = min(cdiv(rows, blocks.rows), processors(own.device) * blocks.programs)
     d_own = torch.empty_like(own, memory_format=torch.contiguous_format) if norm else grad
     d_sources = tuple(_empty_rows(s) for s in problem.sources[: len(gates)])
     d_gates = tuple(_empty_rows(g) for g in gates)
