@@ -2,8 +2,9 @@
 
     python benchmarks/cpu_training.py [--rounds 15] [--threads 2] [--clock wall]
 
-A step is forward, loss, backward and AdamW. Steps of all models are interleaved (A B C A B C ...), so that whatever else
-the machine does meets all of them; a ratio is the median of the ratios within the rounds. Exit code 1 when a bar is missed.
+A step is forward, loss, backward and AdamW. Steps of all models are interleaved (A B C A B C ...), so that whatever
+else the machine does meets all of them; a ratio is the median of the ratios within the rounds. The exit code is 1 when
+a bar is missed.
 """
 
 from __future__ import annotations
@@ -96,15 +97,16 @@ def ratios(seconds: dict[str, list[float | None]], model: str, over: str) -> lis
 
 def report(models: dict[str, nn.Module], seconds: dict[str, list[float | None]]) -> bool:
     """Print the figures; whether all bars hold."""
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.processor() or platform.machine()}")
-    print(f"width {WIDTH}, depth {DEPTH}, vocabulary {VOCABULARY}, B{BATCH} x T{TOKENS}, fp32, threads {torch.get_num_threads()}")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}")
+    sizes = f"width {WIDTH}, depth {DEPTH}, vocabulary {VOCABULARY}, B{BATCH} x T{TOKENS}"
+    print(f"{sizes}, fp32, threads {torch.get_num_threads()}")
     print(f"\n{'model':24}{'parameters':>12}{'tokens/s':>12}{'10 % to 90 %':>20}{'best':>10}{'rounds':>8}")
     for name, model in models.items():
         speeds = sorted(BATCH * TOKENS / t for t in seconds[name] if t)
         low, high = speeds[len(speeds) // 10], speeds[-1 - len(speeds) // 10]
         parameters = sum(p.numel() for p in model.parameters())
-        middle = statistics.median(speeds)
-        print(f"{name:24}{parameters:12,}{middle:12,.0f}{f'{low:,.0f} to {high:,.0f}':>20}{speeds[-1]:10,.0f}{len(speeds):8}")
+        middle, spread = statistics.median(speeds), f"{low:,.0f} to {high:,.0f}"
+        print(f"{name:24}{parameters:12,}{middle:12,.0f}{spread:>20}{speeds[-1]:10,.0f}{len(speeds):8}")
     print(f"\n{'ratio of tokens/s':48}{'median':>8}{'of bests':>10}{'bar':>8}")
     good = True
     for model, over, bar in BARS:

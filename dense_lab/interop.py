@@ -103,7 +103,8 @@ def _assemble(plan: CheckpointPlan, tensors: dict[str, Tensor]) -> LanguageModel
         else:
             weights[ours] = tensor.reshape(expected.shape).float()
     unexpected = tensors.keys() - {plan.names[ours] for ours in state} - plan.ignored
-    problems += [Problem(f"tensor {name!r} is unexpected: this format has none so named") for name in sorted(unexpected)]
+    unknown = "is unexpected: the configuration asks for none of that name"
+    problems += [Problem(f"tensor {name!r} {unknown}") for name in sorted(unexpected)]
     if problems:
         raise InputError(problems)
     model.load_state_dict(weights, assign=True)
@@ -152,7 +153,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0] if str(error) else "not a pickle of tensors"
-        raise InputError(f"{path} is refused, since it holds more than tensors and code in it is never run: {reason}") from None
+        raise InputError(
+            f"{path} is refused: it holds more than tensors, and code in it is never run; {reason}"
+        ) from None
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):

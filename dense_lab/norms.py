@@ -27,7 +27,7 @@ class RMSNorm(nn.RMSNorm):
         """[..., width] -> [..., width], times silu(gate) when there is one."""
         plain = x.dtype in (torch.float32, torch.float64) and (self.weight is None or self.weight.dtype == x.dtype)
         if x.device.type == "cpu" and plain:
-            normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+            normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
             return normed if gate is None else nn.functional.silu(gate) * normed
         operation = registries.default().operation("rms_norm") if x.is_cuda else None
         if operation is None:
@@ -45,7 +45,7 @@ class _RMSNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        y = x * scale
+        y: Tensor = x * scale
         return y if weight is None else y.mul_(weight)
 
     @staticmethod

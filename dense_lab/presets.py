@@ -1,4 +1,4 @@
-"""Presets: models by name. `model: {preset: NAME, ...}` means the preset's mapping with the user's keys laid over it."""
+"""Presets: models by name. `model: {preset: NAME, ...}` means the preset's mapping with the user's keys over it."""
 
 from __future__ import annotations
 

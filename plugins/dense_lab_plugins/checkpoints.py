@@ -109,7 +109,7 @@ def _gau_names(layer: int, dense_sites: dict[str, int]) -> dict[str, str]:
 
 
 class MambaReader:
-    """transformers' MambaForCausalLM (`model_type: mamba`). Keys left out of config.json have transformers' defaults."""
+    """transformers' MambaForCausalLM (`model_type: mamba`). Keys missing in config.json have transformers' defaults."""
 
     def claims(self, config: Config) -> bool:
         """By `model_type`."""
@@ -144,7 +144,8 @@ class MambaReader:
         names = _model_names(embedding, "backbone.norm_f", None if tied else "lm_head")
         for layer in range(depth):
             names |= _mamba_names(layer)
-        return CheckpointPlan(model, number(config, "vocab_size", 50280), names, frozenset({"lm_head.weight"} if tied else ()))
+        copies = frozenset({"lm_head.weight"} if tied else ())
+        return CheckpointPlan(model, number(config, "vocab_size", 50280), names, copies)
 
 
 def _mamba_names(layer: int) -> dict[str, str]:

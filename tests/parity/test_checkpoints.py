@@ -151,13 +151,13 @@ def test_folders_that_are_no_checkpoints(tmp_path: Path) -> None:
     config, tensors = parts("dense_gau_m1")
     write(tmp_path, config, tensors)
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
-    with pytest.raises(InputError, match="model.safetensors cannot be read"):
+    with pytest.raises(InputError, match=r"model.safetensors cannot be read"):
         load_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="holds no weights: expected one of model.safetensors"):
+    with pytest.raises(InputError, match=r"holds no weights: expected one of model.safetensors"):
         load_checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(InputError, match="pytorch_model.bin"):
+    with pytest.raises(InputError, match=r"pytorch_model.bin"):
         load_checkpoint(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../secret.safetensors"}}')
     with pytest.raises(InputError, match="names of files beside it"):

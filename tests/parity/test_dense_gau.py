@@ -33,7 +33,7 @@ def model(golden: Golden, tmp_path: Path) -> LanguageModel:
 def official_parallel(
     q: Tensor, k: Tensor, v: Tensor, state: RetentionState | None, query_activation: str
 ) -> tuple[Tensor, None]:
-    """The official parallel form, whose rows are also divided by clip(sum of |scores|, 1, 5e4), a constant backwards."""
+    """The official parallel form, whose rows are also divided by clip(sum of |scores|, 1, 5e4), constant backwards."""
     q = torch.nn.functional.silu(q) if query_activation == "silu" else q
     tokens, heads = q.shape[1:3]
     time = torch.arange(tokens, dtype=torch.float64)

@@ -18,7 +18,8 @@ from dense_lab_plugins.cores.parts import in_parts
 class Mamba(Core):
     """Selective state space model (Gu and Dao 2023, arXiv 2312.00752, algorithm 2 and figure 3).
 
-    x, z = W_in h; u = silu(conv(x)); dt, B, C = W_x u; s_t = exp(dt A) s_{t-1} + dt B u; y = W_out((C s + D u) silu(z)).
+    x, z = W_in h; u = silu(conv(x)); dt, B, C = W_x u; s_t = exp(dt A) s_{t-1} + dt B u;
+    y = W_out((C s + D u) silu(z)).
     Dense-able streams: u and B. By the duality of arXiv 2405.21060 they are the values and keys of this core, the
     streams that DenseRetNet connects; C (its query), dt and the gate z stay the layer's own.
     """
@@ -116,7 +117,7 @@ class MambaModule(CoreModule):
         return self.out_proj(out.output), MambaState(state.conv, out.final_state)
 
     def mixing_flops(self) -> float:
-        """Per channel: convolution 2 W, and for each of N states dt A, exp, (dt u) B, update (2) and read (2); dt u, the
+        """Per channel: convolution 2 W; for each of N states dt A, exp, (dt u) B, update (2) and read (2); dt u, the
         skip (2) and the gate (1) once. Counted from arXiv 2312.00752, algorithm 2 and section 3.3.2."""
         return float(self.inner * (2 * self.spec.conv_width + 7 * self.spec.state + 4))
 
