@@ -48,6 +48,8 @@ class Supervisor:
         self._deaths: dict[int, str] = {}
         """How each process of this search that died came to it, by process id."""
         self._stillborn = 0
+        self._idle = False
+        """Whether a worker found nothing to start, and nothing was queued since."""
         self._stop_by = float("inf")
         self._listen_at = time.monotonic() + _HEARTBEATS
 
@@ -55,13 +57,14 @@ class Supervisor:
         """Fail what dead processes left running and queue it again; returns the trials concerned."""
         with self.lock:
             reaped = self.ledger.reap(self._why, self._give_up)
-            self.ledger.requeue()
+            self._idle &= not self.ledger.requeue()
         return reaped
 
     def may_start(self) -> bool:
         """Whether there is a trial left to be started."""
         with self.lock:
-            return self.job.plan.may_start(self.ledger)
+            self._idle = not self.job.plan.may_start(self.ledger)
+        return not self._idle
 
     def run(self, look: Callable[[], None]) -> None:
         """Until all is done; `look` is called four times a second. Raises MachineError when no worker survives."""
@@ -96,10 +99,9 @@ class Supervisor:
     def _fill(self) -> None:
         """A worker for every free place, while there is work that nobody is about to take."""
         for index in range(self.size):
-            if index in self._workers or self.stopping:
+            if index in self._workers or self.stopping or self._idle:
                 continue
-            unfinished = self.job.plan.total - book.finished(self.ledger.trials())
-            if len(self._workers) >= unfinished or not self.may_start():
+            if len(self._workers) >= self.job.plan.total - book.finished(self.ledger.trials()):
                 return
             self._workers[index] = _start(replace(self.job, index=index))
 
@@ -111,7 +113,9 @@ class Supervisor:
                 continue
             worker.process.join()
             del self._workers[index]
-            if worker.process.exitcode != 0:
+            if worker.process.exitcode == 0:
+                self._idle = True
+            else:
                 self._mourn(worker)
             worker.pipe.close()
 
@@ -131,7 +135,7 @@ class Supervisor:
             self._listen_at = time.monotonic() + _HEARTBEATS
             with self.lock:
                 self.ledger.fail_silent()
-                self.ledger.requeue()
+                self._idle &= not self.ledger.requeue()
 
     def _why(self, owner: dict[str, Any]) -> dict[str, Any]:
         """Attributes of an interrupted trial. Only deaths that were seen to be the trial's own count against it."""
