@@ -7,10 +7,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dense_lab.components import Core
+from dense_lab.maps import linear_maps
 from dense_lab.modules import CoreModule, Streams
 from dense_lab.norms import RMSNorm
 from dense_lab.units import Count, Positive
-from dense_lab_plugins.cores.parts import in_parts
 from dense_lab_plugins.cores.retention import RetentionCore, RetentionState, check_heads
 
 
@@ -54,5 +54,6 @@ class GAURetNetModule(RetentionCore):
     def project(self, x: Tensor, state: RetentionState | None) -> tuple[Streams, RetentionState | None]:
         """k (scaled) and v of x [B, T, width] after silu; q and g before it, since the other half applies it."""
         silu = nn.functional.silu
-        v, g = in_parts(self.hidden_proj, x, 2)
-        return {"q": self.q_proj(x), "k": silu(self.k_proj(x)) * self.scale, "v": silu(v), "g": g}, state
+        maps = (self.q_proj.weight, self.k_proj.weight, self.hidden_proj.weight)
+        q, k, v, g = linear_maps(x, maps, (1, 1, 2))
+        return {"q": q, "k": silu(k) * self.scale, "v": silu(v), "g": g}, state

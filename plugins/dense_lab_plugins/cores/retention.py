@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dense_lab.errors import InputError
+from dense_lab.maps import linear_maps
 from dense_lab.modules import CoreModule, Stream, Streams
 from dense_lab.norms import RMSNorm
 from dense_lab_kernels import decay_attention, rotate
@@ -57,7 +58,8 @@ class RetentionCore(CoreModule):
         q, k, v = (streams[name].unflatten(-1, (self.heads, -1)) for name in ("q", "k", "v"))
         o, state = retention(q, k, v, state, self.query_activation)
         gate = streams["g"].unflatten(-1, (self.heads, -1))
-        return self.out_proj(self.head_norm(o, gate).flatten(-2)), state
+        (y,) = linear_maps(self.head_norm(o, gate).flatten(-2), [self.out_proj.weight])
+        return y, state
 
     def mixing_flops(self) -> float:
         """State update and read, 4 K V per head, plus its decay, K V (RetNet, arXiv 2307.08621, eq. 6)."""

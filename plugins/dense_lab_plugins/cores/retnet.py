@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dense_lab.components import Core
+from dense_lab.maps import linear_maps
 from dense_lab.modules import CoreModule, Streams
 from dense_lab.norms import RMSNorm
 from dense_lab.units import Count, Positive
@@ -47,5 +48,6 @@ class RetNetModule(RetentionCore):
 
     def project(self, x: Tensor, state: RetentionState | None) -> tuple[Streams, RetentionState | None]:
         """q, k (scaled), v and g (before silu) of x [B, T, width]."""
-        k = self.k_proj(x) * self.scale
-        return {"q": self.q_proj(x), "k": k, "v": self.v_proj(x), "g": self.g_proj(x)}, state
+        maps = (self.q_proj, self.k_proj, self.v_proj, self.g_proj)
+        q, k, v, g = linear_maps(x, [linear.weight for linear in maps])
+        return {"q": q, "k": k * self.scale, "v": v, "g": g}, state

@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dense_lab.components import FFN
+from dense_lab.maps import linear_maps
 from dense_lab.units import Count
 
 
@@ -48,5 +49,6 @@ class GatedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, width] -> [B, T, width]."""
-        out: Tensor = self.fc2(self.act(self.fc1(x)) * self.gate(x))
+        hidden, gate = linear_maps(x, [self.fc1.weight, self.gate.weight])
+        (out,) = linear_maps(self.act(hidden) * gate, [self.fc2.weight])
         return out
