@@ -50,6 +50,8 @@ class TrialView:
     tags: dict[str, str]
     reason: str
     """Why it failed, was pruned or was interrupted."""
+    values: dict[str, Any]
+    """Every value of the run, sampled or not, by dotted path; empty for what another machine ran."""
     folder: Path | None
     """None when the trial was run on another machine that does not share this folder."""
     label: str = ""
@@ -195,6 +197,7 @@ def read_trial(folder: Path) -> TrialView | None:
         number=int(folder.name),
         state=state,
         params=said.get("params", {}),
+        values=said.get("values", {}),
         metrics={name: value for name, value in metrics.items() if isinstance(value, (int, float))},
         tags=result.get("tags") or said.get("tags", {}),
         reason=reason,

@@ -153,6 +153,12 @@ class Study:
             raise InputError(f"study {self.name!r} has no open value {unknown[0]} at this point")
         return run
 
+    def leaves(self, run: RunSpec, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Every single value of `run`, the one at `params`, by dotted path: what `--set` takes and MLflow shows."""
+        origins: Origins = {}
+        trees.close(self.root, _lookup(params), origins)
+        return frozen.by_path(run.model_dump(mode="json"), origins)
+
     def check_sizes(self) -> None:
         """Build the architectures on the meta device, all if there are few; raises InputError when sizes clash."""
         from dense_lab.model import check_sizes

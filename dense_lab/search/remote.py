@@ -39,6 +39,7 @@ def _view(number: int, trial: FrozenTrial) -> TrialView:
         metrics=end.get("metrics", {}),
         tags=end.get("tags", {}),
         reason=end.get("reason") or trial.user_attrs.get("interrupted", ""),
+        values={},
         folder=None,
         digest=claim.get("digest", ""),
         started=trial.datetime_start.astimezone() if trial.datetime_start else None,

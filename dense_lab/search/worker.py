@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from dense_lab.errors import DenseLabError, MachineError
 from dense_lab.files import FileLock, read_json, read_lines, write_json, write_text
 from dense_lab.results import FINISHED, TRIAL_FILE, TRIALS, TrialView, read_trial
-from dense_lab.search import ending
+from dense_lab.search import ending, objectives
 from dense_lab.search import ledger as book
 from dense_lab.search.manifest import STUDY_JSON
-from dense_lab.search.objectives import values
 from dense_lab.search.owner import this_process
 from dense_lab.search.plan import Plan
 
@@ -143,6 +142,8 @@ class Worker:
             self.lock.release()
         if spec is None:
             raise self._failed(trial, folder, problem)
+        values = {**self.space.leaves(spec, params), **params}
+        write_json(folder / TRIAL_FILE, {**read_json(folder / TRIAL_FILE), "values": values})
         return self._trained(trial, spec, folder)
 
     def _close(self, trial: optuna.Trial) -> tuple[dict[str, Any], RunSpec | None, str]:
@@ -236,7 +237,7 @@ class Worker:
         if found.state == "failed":
             raise Settled
         try:
-            return values(self.search, found.metrics)
+            return objectives.values(self.search, found.metrics)
         except DenseLabError as error:
             raise self._failed(trial, folder, str(error)) from None
 

@@ -32,27 +32,14 @@ def milliseconds(when: datetime | None) -> int:
     return round(when.timestamp() * 1000) if when else 0
 
 
-def flatten(value: Any, path: str = "") -> dict[str, str]:
-    """A resolved spec by dotted path. A kind is the value at its own path and enters the paths of what is below it."""
-    if not isinstance(value, dict):
-        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-        return {path: text[:PARAMETER_LENGTH]}
-    flat: dict[str, str] = {}
-    kind = value.get("kind")
-    if isinstance(kind, str) and path:
-        flat[path] = kind
-        path = f"{path}.{kind}"
-    for key, item in value.items():
-        if key != "kind":
-            flat |= flatten(item, f"{path}.{key}" if path else key)
-    return flat
-
-
 def params(trial: TrialView) -> dict[str, str]:
-    """Every value of the resolved spec and the sampled ones, by dotted path."""
-    spec = {key: value for key, value in trial.spec.items() if key not in ("digest", "plugins", "dense_lab")}
-    named = flatten(spec) | {name: str(value)[:PARAMETER_LENGTH] for name, value in trial.params.items()}
-    return {_UNNAMABLE.sub("_", name): value for name, value in named.items()}
+    """Every value of the run by dotted path, sampled or not."""
+    found = {path: value for path, value in (trial.values or trial.params).items() if path != "dense_lab"}
+    return {path: _text(value)[:PARAMETER_LENGTH] for path, value in found.items()}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def tags(study: StudyResults, trial: TrialView) -> dict[str, str]:

@@ -6,7 +6,6 @@ import socket
 import sqlite3
 import time
 from contextlib import closing
-from types import SimpleNamespace
 
 import pytest
 
@@ -73,9 +72,13 @@ def test_a_run_says_what_the_files_say(folder):
         assert run.data.tags["spec"] == trial.digest
         assert run.data.tags["study"] == "s"
         assert run.data.tags.get("reason", "") == trial.reason
+        # Names and values are those of the study's own dotted paths, so that they may be given to --set.
         assert run.data.params["train.lr"] == str(trial.params["train.lr"])
-        assert run.data.params["model.core"] == trial.params["model.core"]
         assert run.data.params["train.beta2"] == "0.95"
+        core = trial.params["model.core"]
+        below = {"retnet": ("heads", trial.params.get("model.core.retnet.heads")), "mamba": ("state", 8)}[core]
+        assert run.data.params["model.core"] == core
+        assert run.data.params[f"model.core.{core}.{below[0]}"] == str(below[1])
         assert run.data.metrics["state_bytes"] == 64
         files = {file.path for file in open_client(default_uri(folder)).list_artifacts(run.info.run_id)}
         assert files >= {"spec.json", "result.json"}
@@ -195,20 +198,3 @@ def test_mlflow_out_of_reach_costs_the_search_nothing_and_is_repaired_later(fold
                 sync(folder)
     sync(folder)
     assert sorted(runs_of(folder)[1]) == [0, 1, 2, 3, 4]
-
-
-def test_flatten_puts_the_kind_into_the_paths_below_it():
-    spec = {"model": {"width": 8, "core": {"kind": "retnet", "heads": 2}, "dense": {"sites": ["k", "v"]}}}
-    assert record.flatten(spec) == {
-        "model.width": "8",
-        "model.core": "retnet",
-        "model.core.retnet.heads": "2",
-        "model.dense.sites": '["k", "v"]',
-    }
-
-
-def test_labels_that_mlflow_cannot_name_are_respelt():
-    trial = SimpleNamespace(
-        spec={}, params={"model.core": "retnet{heads=2}", "model.core.retnet{heads=2}.norm_eps": 1e-5}
-    )
-    assert record.params(trial) == {"model.core": "retnet{heads=2}", "model.core.retnet_heads_2_.norm_eps": "1e-05"}
