@@ -85,7 +85,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         partial(attention, 77, 1, 2, (17, 40), decays(77, 2).requires_grad_(), start=False),
     )
     if DEVICE == "cuda":
-        yield "decay attention, wide", partial(attention, 300, 1, 1, (260, 520), constant[:1], start=True)
+        yield "decay attention, wide", partial(attention, 300, 1, 1, (130, 1030), constant[:1], start=True)
     for sources, site in ((0, "readout"), (1, "readout"), (1, "carried")):
         yield f"selective scan, {sources} sources, {site}", partial(scan, 13, 37, 5, sources, site)
     for tokens, channels, width in ((37, 33, 4), (1, 70, 2)):

@@ -19,6 +19,7 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dense_lab_kernels.decay_attention import DecayAttentionOutput, decay_attention  # noqa: E402
+from dense_lab_kernels.decay_attention.triton import _Problem  # noqa: E402
 from dense_lab_kernels.decay_attention.triton_launch import Tile, Tiles, using_tiles  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -107,7 +108,7 @@ def test_equals_the_reference_with_small_tiles(
     check(sizes, decay, state, dtype, SMALL)
 
 
-HEADS = [(2, 2, 128, 128), (2, 2, 100, 72), (1, 4, 128, 64), (1, 1, 384, 520), (2, 4, 24, 40)]  # G, H, K, V
+HEADS = [(2, 2, 128, 128), (2, 2, 100, 72), (1, 4, 128, 64), (1, 1, 384, 1030), (2, 4, 24, 40)]  # G, H, K, V
 DECAYS = ["constant", "per token"]
 RULE_CASES = [(heads, tokens, decay, torch.bfloat16) for heads in HEADS for tokens in (100, 257) for decay in DECAYS]
 RULE_CASES += [((1, 4, 128, 64), tokens, decay, torch.bfloat16) for tokens in (1, 63, 1000) for decay in DECAYS]
@@ -127,6 +128,14 @@ def test_equals_the_reference_by_rule(
 @pytest.mark.parametrize("decay", ["constant", "per token"])
 def test_decays_multiplied_in_before_the_states(decay: str, poisoned_empty: None) -> None:
     check((1, 45, 2, 2, 20, 24), decay, "initial state", torch.float16, WEIGHED)
+
+
+def test_states_too_large_to_keep_are_computed_again(poisoned_empty: None) -> None:
+    tiles = dataclasses.replace(SMALL, chunk=16)
+    problem = _Problem(1, 20, 1, 1, 64, 64, False, tiles)
+    assert not problem.keeps_states
+    assert problem.keeps_scores
+    check((1, 20, 1, 1, 64, 64), "constant", "no state", torch.float32, tiles)
 
 
 def test_a_strong_decay_forgets_everything_before_it() -> None:

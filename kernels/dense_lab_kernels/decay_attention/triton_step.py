@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dense_lab_kernels._dispatch import may_reuse_states
-from dense_lab_kernels._triton import Launch, Sm90Case, cdiv, power_of_2
+from dense_lab_kernels._triton import Launch, Sm90Case, cdiv, launch, power_of_2
 
 __all__ = ["serves", "sm90_cases", "step"]
 
@@ -47,14 +47,16 @@ def _step(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
+    strips = tl.cdiv(value_size, BV)
+    unit = tl.program_id(0) // strips
+    batch = (unit // heads).to(tl.int64)
+    head = unit % heads
     group = head // per_group
-    col = tl.program_id(1) * BV + tl.arange(0, BV)
+    col = (tl.program_id(0) % strips) * BV + tl.arange(0, BV)
     inside = col < value_size
     value = tl.load(v + batch * v_batch + head * v_head + col, mask=inside, other=0.0).to(tl.float32)
     decay = tl.exp(tl.load(log_decay + batch * decay_batch + head * decay_head).to(tl.float32))
-    base = tl.program_id(0).to(tl.int64) * key_size * value_size
+    base = unit.to(tl.int64) * key_size * value_size
     total = tl.zeros([BV], tl.float32)
     for start in range(0, key_size, BK):
         row = start + tl.arange(0, BK)
@@ -68,7 +70,7 @@ def _step(
             state += decay * tl.load(before + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(after + place, state.to(after.dtype.element_ty), mask=mask)
         total += tl.sum(query[:, None] * state, axis=0)
-    tl.store(out + tl.program_id(0).to(tl.int64) * value_size + col, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + unit.to(tl.int64) * value_size + col, total.to(out.dtype.element_ty), mask=inside)
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> bool:
@@ -107,9 +109,9 @@ def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tens
         after = torch.empty(batch, heads, q.shape[3], value_size, dtype=torch.float32, device=v.device)
     before = None if initial_state is None else initial_state.contiguous()
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    launch = _launch(q, k, v, log_decay, before, after, out)
+    work = _launch(q, k, v, log_decay, before, after, out)
     with torch.cuda.device_of(v):
-        _step[(batch * heads, cdiv(value_size, launch.options["BV"]))](*launch.arguments, **launch.options)
+        launch(work.kernel, batch * heads * cdiv(value_size, work.options["BV"]), work.arguments, work.options)
     return out, after
 
 
