@@ -226,7 +226,7 @@ def _load_one(registry: Registry, plugin: Plugin, load_module: Callable[[], Modu
             raise InputError("it has no hook 'register_components'")
         manager.hook.register_components(register=Registrar(registry, plugin))
     # The isolation boundary: whatever a stranger's module does at import, the command line stays usable.
-    except Exception as error:  # noqa: BLE001
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         registry.remove(plugin)
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         plugin.error = " ".join(text.split())
