@@ -16,8 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 from dense_lab_kernels._numba import compiled, inlined
-from dense_lab_kernels._vector import WIDTH, exp, load, pick, put, spread, store, total
+from dense_lab_kernels._vector import WIDTH, exp, load, pick, prefetch, put, spread, store, total
 
+AHEAD = 4  # tokens: neighbours in time lie too far apart in memory for the processor to foresee the next
 SEGMENT = 32  # tokens between saved states; a segment's replayed states and decays fit the second-level cache
 FORWARD_SLOTS = 4  # A, states before and after a token, decays
 BACKWARD_SLOTS = 2 * SEGMENT + 4  # A, the gradients of A and the states, states around each token of a segment, decays
@@ -38,6 +39,8 @@ def _token(inputs: Any, carried: bool, place: Place, t: int, scratch: Array, old
     shared = ((b * tokens + t) * groups + at * groups // channels) * states
     y = load(D, at) * load(u, here)
     for s in range(streams):
+        prefetch(u, s * stream + here + AHEAD * channels)
+        prefetch(dt, s * stream + here + AHEAD * channels)
         step = load(dt, s * stream + here)
         inflow, read = step * load(u, s * stream + here), spread(u.dtype.type(0))
         for n in range(states):
@@ -51,6 +54,7 @@ def _token(inputs: Any, carried: bool, place: Place, t: int, scratch: Array, old
         if s == 0:
             y = y + read
             continue
+        prefetch(gates, (s - 1) * stream + here + AHEAD * channels)
         gate = load(gates, (s - 1) * stream + here)
         y = y + gate * read
         if carried:
@@ -109,6 +113,7 @@ def forward(
             out = _token(inputs, carried, place, t, scratch, old, new, 3 * slot)
             here = (b * tokens + t) * channels + at
             if z.shape[0]:
+                prefetch(z, here + AHEAD * channels)
                 gate = load(z, here)
                 out = out * gate / (exp(y.dtype.type(0) - gate) + one)
             store(y, here, out)
@@ -233,6 +238,8 @@ def backward(
                     store(d_z, (b * tokens + begin + k) * channels + at, y)
             for k in range(length - 1, -1, -1):
                 here, old, fade = (b * tokens + begin + k) * channels + at, states + k * slot, fades + k * slot
+                prefetch(d_out, here - AHEAD * channels)
+                prefetch(z, here - AHEAD * channels)
                 y = load(d_z, here) if z.shape[0] else load(d_out, here)
                 d_y = _gate_back(z, d_out, here, y, d_z)
                 joined = (d_C, part * d_C[0].size, d_gates)
