@@ -10,9 +10,12 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from types import FrameType
 
+POLITE = 10.0
+"""Seconds that a trainer has to save its run in before it is interrupted."""
+
 
 class Stop:
-    """Turns a request to stop into KeyboardInterrupt, but only where that does no harm: while a model is trained.
+    """A request to stop: first a question that the trainer asks, then KeyboardInterrupt, and that only while it trains.
 
     Made in the main thread of a worker. Ctrl-C reaches all processes of a terminal; it is for the parent to say what
     it means, so workers ignore it.
@@ -20,7 +23,7 @@ class Stop:
 
     def __init__(self, parent: Connection) -> None:
         self.requested = False
-        self._armed = False
+        self._armed = self._overdue = False
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._asked)
         threading.Thread(target=self._listen, args=(parent,), daemon=True, name="stop").start()
@@ -32,20 +35,27 @@ class Stop:
         _thread.interrupt_main(signal.SIGTERM)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._raise_if_asked()
+        if not self.requested:
+            self.requested = True
+            # SIGALRM comes to the main thread even when it does not ask.
+            signal.signal(signal.SIGALRM, self._insist)
+            signal.setitimer(signal.ITIMER_REAL, POLITE)
 
-    def _raise_if_asked(self) -> None:
-        if self.requested and self._armed:
+    def _insist(self, number: int, frame: FrameType | None) -> None:
+        self._overdue = True
+        self._raise_if_overdue()
+
+    def _raise_if_overdue(self) -> None:
+        if self._overdue and self._armed:
             self._armed = False
             raise KeyboardInterrupt
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Within the block a request to stop raises KeyboardInterrupt, also one that was made before."""
+        """Within the block a request to stop that is not heeded in time raises KeyboardInterrupt."""
         self._armed = True
         try:
-            self._raise_if_asked()
+            self._raise_if_overdue()
             yield
         finally:
             self._armed = False
@@ -56,4 +66,4 @@ class Stop:
         armed, self._armed = self._armed, False
         yield
         self._armed = armed
-        self._raise_if_asked()
+        self._raise_if_overdue()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dense_lab.study import RunSpec
 
 Train = Callable[..., Any]
-"""`train(spec, folder, *, device, threads, on_evaluation)`, as in dense_lab.training; writes the folder's files."""
+"""`train(spec, folder, *, device, threads, on_evaluation, should_stop)`, as in dense_lab.training."""
 LEDGER_LOCK = "ledger.lock"
 """Held while a trial is claimed, so that the local processes of a study do that one at a time."""
 
@@ -216,6 +216,7 @@ class Worker:
                         device=self.device,
                         threads=self.job.threads,
                         on_evaluation=self._judge(trial, folder),
+                        should_stop=lambda: self.stop.requested,
                     )
             except KeyboardInterrupt:
                 if not ending.has_ended(folder):

@@ -45,13 +45,15 @@ def train(
     *,
     device: str = "auto",
     on_evaluation: OnEvaluation | None = None,
+    should_stop: Callable[[], bool] | None = None,
     registry: registries.Registry | None = None,
     threads: int | None = None,
 ) -> Result:
     """Train the run that `spec` describes, record it in `folder`, and go on from its checkpoint if there is one.
 
     A run that is complete already is not trained again. `on_evaluation` may raise `Pruned`: the result then says so.
-    `threads` are torch's CPU threads.
+    `should_stop` is asked whenever a line of metrics is written; at its True the run is saved, to go on from there to
+    the same numbers, and KeyboardInterrupt raised. `threads` are torch's CPU threads.
 
     Raises InputError (the spec does not fit together, or `folder` holds another run), MachineError (no such device, no
     network), TrialFailed (loss not a number, out of memory, a component raised). A failure is in result.json as well.
@@ -69,7 +71,7 @@ def train(
     try:
         with torch.random.fork_rng(devices=generators):
             run = Run(spec, plugins, place, recorder)
-            run.train(on_evaluation)
+            run.train(on_evaluation, should_stop)
             return recorder.end("complete", "", run.metrics(), run.tags())
     except Pruned as error:
         assert run is not None  # Only on_evaluation raises it.
@@ -124,7 +126,7 @@ class Run:
         reset_peak_memory(place.device)
         self._began = time.perf_counter() - self.progress.seconds
 
-    def train(self, on_evaluation: OnEvaluation | None) -> None:
+    def train(self, on_evaluation: OnEvaluation | None, should_stop: Callable[[], bool] | None = None) -> None:
         """Train to the end of the budget and test."""
         progress, schedule = self.progress, self.plan
         batches = self.corpus.train_batches(schedule.batch_size, self.spec.seed, skip=progress.step)
@@ -140,6 +142,9 @@ class Run:
             clock.lap()
             if progress.step in schedule.logs:
                 self._look(loss / (progress.step - since), output, lr, clock, on_evaluation)
+                if should_stop is not None and progress.step < schedule.steps and should_stop():
+                    checkpoint.save(self.checkpoint, self.model, self.optimizer, progress)
+                    raise KeyboardInterrupt
                 loss.zero_()
                 since = progress.step
                 clock.restart()

@@ -12,7 +12,7 @@ from dense_lab.training.outcome import Evaluation, Pruned, TrialFailed
 STEPS = 4
 
 
-def train(spec, folder, *, device="auto", threads=1, on_evaluation=None, pause=0.0):
+def train(spec, folder, *, device="auto", threads=1, on_evaluation=None, should_stop=None, pause=0.0):
     """Loss = |log10(lr) + 3| + 1 / step; the file trained.log in the study's folder has one line for each call."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder.parent.parent / "trained.log").open("a") as log:
@@ -23,6 +23,8 @@ def train(spec, folder, *, device="auto", threads=1, on_evaluation=None, pause=0
     lines = (folder / "metrics.jsonl").open("w")
     try:
         for step in range(1, STEPS + 1):
+            if should_stop is not None and should_stop():
+                raise KeyboardInterrupt
             time.sleep(pause)
             metrics = {
                 "train/loss": loss(spec, step),
@@ -56,13 +58,10 @@ def slow(spec, folder, **options):
     train(spec, folder, pause=0.12, **options)
 
 
-def dying(spec, folder, **options):
-    """Kills its process at the first attempt of every trial."""
-    if not (folder / "died").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "died").touch()
-        os.kill(os.getpid(), 9)
-    train(spec, folder, **options)
+def deaf(spec, folder, **options):
+    """Never asks whether it should stop."""
+    while True:
+        time.sleep(0.05)
 
 
 def hopeless(spec, folder, **options):
