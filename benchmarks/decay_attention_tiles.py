@@ -78,7 +78,7 @@ def jobs(shape: str, chunk: int, only: list[str]) -> Iterator[tuple[str, Tile, C
     rows = min(chunk, 128)
     resized = {n: dataclasses.replace(getattr(base, n), rows=rows, cols=rows) for n in ("scores", "score_grads")}
     resized |= {n: dataclasses.replace(getattr(base, n), rows=min(rows, 64)) for n in ("values", "keys")}
-    base = dataclasses.replace(base, chunk=chunk, **resized)
+    base = dataclasses.replace(base, chunk=chunk, weighed=False, **resized)
     out_grad = torch.randn_like(v)
     problem = triton._Problem.of(q, v, log_decay)
     problem = dataclasses.replace(problem, tiles=base)
