@@ -19,7 +19,7 @@ from dense_lab.corpus import IGNORED
 from dense_lab.dense import DenseConnection, DenseSpec
 from dense_lab.errors import InputError
 from dense_lab.modules import CoreModule, State, Streams
-from dense_lab.norms import RMSNorm
+from dense_lab.norms import Dropout, RMSNorm
 from dense_lab.units import Count, Fraction, Positive
 
 
@@ -84,7 +84,10 @@ class ModelSpec(Spec):
 
 
 class Block(nn.Module):
-    """x + core(norm(x)), then x + ffn(norm(x)); dense connections act between the two halves of the core."""
+    """x + core(norm(x)), then x + ffn(norm(x)); dense connections act between the two halves of the core.
+
+    The last sum is left to the next norm, which does it in the same pass over memory.
+    """
 
     def __init__(self, spec: BlockSpec, model: ModelSpec):
         super().__init__()
@@ -93,14 +96,16 @@ class Block(nn.Module):
         self.dense = nn.ModuleDict()
         self.reads: dict[str, tuple[int, ...]] = {}
         """Layers that each site reads, nearest first; sites that read nothing are absent."""
-        self.dropout = nn.Dropout(model.dropout)
         ffn = (spec.ffn or model.ffn).build(model.width)
         self.ffn = ffn
         self.ffn_norm = RMSNorm(model.width, model.norm_eps) if ffn is not None else None
 
-    def forward(self, x: Tensor, state: State, history: list[Streams]) -> tuple[Tensor, State, Streams]:
-        """x [B, T, width] -> (x, state, the raw streams of this layer)."""
-        h = self.norm(x)
+    def forward(
+        self, x: Tensor, y: Tensor | None, drop: Dropout, state: State, history: list[Streams]
+    ) -> tuple[Tensor, Tensor, State, Streams]:
+        """Residual stream x [B, T, width] and what the last layer adds to it -> those two, the state, and the raw
+        streams of this layer."""
+        x, h = drop.add(x, y, self.norm)
         streams, state = self.core.project(h, state)
         raw = streams
         if self.reads:
@@ -108,10 +113,10 @@ class Block(nn.Module):
             for site, layers in self.reads.items():
                 streams[site] = self.dense[site](h, raw[site], [history[layer][site] for layer in layers])
         y, state = self.core.mix(streams, state)
-        x = x + self.dropout(y)
         if self.ffn is not None and self.ffn_norm is not None:
-            x = x + self.dropout(self.ffn(self.ffn_norm(x)))
-        return x, state, raw
+            x, h = drop.add(x, y, self.ffn_norm)
+            y = self.ffn(h)
+        return x, y, state, raw
 
 
 class LanguageModelOutput(NamedTuple):
@@ -144,6 +149,7 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(spec.width, vocab_size, bias=False)
         if spec.head == "tied":
             self.head.weight = self.embedding.weight
+        self._writers = sum(2 if block.ffn is not None else 1 for block in self.blocks)
         self._kept = {layer for block in self.blocks for layers in block.reads.values() for layer in layers}
 
     def _connect(self, index: int, dense: DenseSpec) -> None:
@@ -185,15 +191,16 @@ class LanguageModel(nn.Module):
 
     def features(self, input_ids: Tensor, state: tuple[State, ...] | None = None) -> tuple[Tensor, tuple[State, ...]]:
         """Normalised hidden states [B, T, width] that the head reads, and the state."""
-        x = self.embedding(input_ids)
+        x, y = self.embedding(input_ids), None
+        drop = Dropout(self.spec.dropout if self.training else 0.0, self._writers, x.device)
         history: list[Streams] = []
         after = []
         with registries.default().kernel_session(self.kernels) as self.ran:
             for index, block in enumerate(self.blocks):
-                x, core_state, raw = block(x, state[index] if state else None, history)
+                x, y, core_state, raw = block(x, y, drop, state[index] if state else None, history)
                 history.append(raw if index in self._kept else {})
                 after.append(core_state)
-            x = self.norm(x)
+            _, x = drop.add(x, y, self.norm)
         return x, tuple(after)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -216,11 +223,10 @@ class LanguageModel(nn.Module):
         Two models that share a module by name and shape so start from the same weights there, whatever else differs:
         embeddings, heads and plain parts of paired arms are identical.
         """
-        writers = sum(2 if block.ffn is not None else 1 for block in self.blocks)
         with torch.random.fork_rng(devices=[]):
             for name, module in _children_first(self):
                 torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1)
-                _initialise(module, self.spec.init, writers)
+                _initialise(module, self.spec.init, self._writers)
         return self
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,10 +35,41 @@ class RMSNorm(nn.RMSNorm):
         if operation is None:
             normed = super().forward(x)
             return normed if gate is None else nn.functional.silu(gate) * normed
-        low = torch.is_autocast_enabled("cuda")  # The result is what the next product would round it to.
-        dtype = torch.get_autocast_dtype("cuda") if low else x.dtype
-        out: Tensor = operation(x, self.weight, gate, activation="silu", eps=self.eps, dtype=dtype)
+        out: Tensor = operation(x, self.weight, gate, activation="silu", eps=self.eps, dtype=_result_dtype(x))
         return out
+
+    def after(self, x: Tensor, y: Tensor, dropout: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + dropout(y), and its norm; all [..., width].
+
+        dropout: probability. seed: [2] int64, which elements a GPU drops; elsewhere torch's generator decides.
+        """
+        operation = registries.default().operation("add_rms_norm") if x.is_cuda and x.dtype != torch.float64 else None
+        if operation is None:
+            x = x + nn.functional.dropout(y, dropout)
+            return x, self(x)
+        options = {"dropout": dropout, "seed": seed, "eps": self.eps, "dtype": _result_dtype(x)}
+        total, normed = operation(x, y, self.weight, **options)
+        return total, normed
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    """What the next product would round the result to."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+class Dropout:
+    """Dropout of what layers add to the residual stream, for one pass."""
+
+    def __init__(self, probability: float, writers: int, device: torch.device):
+        """`writers`: how many layers add something."""
+        self.probability = probability
+        self._seeds: Iterator[Tensor | None] = itertools.repeat(None)
+        if probability and device.type == "cuda":
+            self._seeds = iter(torch.randint(2**32, (writers, 2), device=device).unbind())
+
+    def add(self, x: Tensor, y: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """x + dropout(y), or x where there is no y yet, and its norm; all [B, T, width]."""
+        return (x, norm(x)) if y is None else norm.after(x, y, self.probability, next(self._seeds))
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -4,6 +4,7 @@ Every operation takes and returns its recurrent state explicitly and accepts `im
 """
 
 from dense_lab_kernels._dispatch import ImplementationError, recording, reusing_states, using
+from dense_lab_kernels.add_rms_norm import add_rms_norm
 from dense_lab_kernels.causal_conv1d import causal_conv1d
 from dense_lab_kernels.decay_attention import decay_attention
 from dense_lab_kernels.dense_fuse import dense_fuse
@@ -13,6 +14,7 @@ from dense_lab_kernels.rotate import rotate
 from dense_lab_kernels.selective_scan import selective_scan
 
 OPERATIONS = (
+    "add_rms_norm",
     "causal_conv1d",
     "decay_attention",
     "dense_fuse",
@@ -26,6 +28,7 @@ OPERATIONS = (
 __all__ = [
     "OPERATIONS",
     "ImplementationError",
+    "add_rms_norm",
     "causal_conv1d",
     "decay_attention",
     "dense_fuse",

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dense_lab_kernels.add_rms_norm import add_rms_norm
 from dense_lab_kernels.causal_conv1d import causal_conv1d
 from dense_lab_kernels.decay_attention import decay_attention
 from dense_lab_kernels.dense_fuse import dense_fuse
@@ -93,6 +94,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     for gates, norm in (("none", True), ("shared", True), ("each", True), ("each", False)):
         yield f"fusion, gates {gates}", partial(fusion, 9, 257, 2, gates, norm)
     yield "RMSNorm", lambda: rms_norm(draw(9, 257), draw(257), draw(9, 257), activation="silu", impl="triton")
+    seed = torch.tensor([1, 2], device=DEVICE)
+    x, y, weight = draw(9, 257, dtype=torch.float32), draw(9, 257), draw(257, dtype=torch.float32)
+    yield "sum and norm", lambda: tuple(add_rms_norm(x, y, weight, dropout=0.5, seed=seed, impl="triton"))
     yield "rotation", lambda: rotate(draw(1, 9, 3, 34), normaliser="retention", activation="silu", impl="triton")
     yield "cross-entropy", partial(cross_entropy, 9, 24, 101)
 

@@ -75,10 +75,8 @@ def test_state(golden: Golden, model: LanguageModel, dtype: torch.dtype) -> None
     step = torch.polar(torch.ones(1, dtype=torch.float64), 10000.0 ** -torch.linspace(0, 1, 8, dtype=torch.float64))
     official = golden["rec_state_last_layer0"].double().permute(0, 1, 3, 2) * scale  # [B, H, K, V]
     turned = turn(official.mT, step).mT
-    assert (
-        difference(state.matrix, turned)
-        < golden.tolerance(golden["rec_state_last_layer0"], dtype, "f32_recurrent") * 10
-    )
+    # Stored in float32, as `float()` says.
+    assert difference(state.matrix, turned) < golden.tolerance(turned.float(), dtype, "f32_recurrent")
 
 
 def loss_and_gradients(model: LanguageModel, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -100,7 +98,7 @@ def test_parallel_form_with_the_official_normaliser(
     model, ids = model.to(dtype), golden["input_ids"].long()
     entered: list[Tensor] = []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+        block.register_forward_pre_hook(lambda _, args: entered.append(sum(x for x in args[:2] if x is not None)))
     features, _ = model.features(ids)
     seen = {"hidden_in": torch.stack(entered), "final_normed": features, "logits_parallel": model.head(features)}
     for name, got in seen.items():

@@ -81,7 +81,7 @@ def test_whole_model(golden: Golden, model: LanguageModel, dtype: torch.dtype) -
     model, ids = model.to(dtype), golden["input_ids"].long()
     outputs = []
     for block in model.blocks:
-        block.register_forward_hook(lambda _, args, out: outputs.append(out[0]))
+        block.register_forward_hook(lambda _, args, out: outputs.append(out[0] + out[1]))
     features, _ = model.features(ids)
     logits = model.head(features)
     assert difference(logits, golden["logits"]) < golden.tolerance(golden["logits"], dtype, "f32")

@@ -120,8 +120,8 @@ def test_decoder_parallel_with_the_official_normaliser(
     model = build_decoder(decoder, dtype)
     inner: list[Tensor] = []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, args: inner.append(args[0]))
-        block.register_forward_hook(lambda _, args, out: inner.append(out[0]))
+        block.register_forward_pre_hook(lambda _, args: inner.append(sum(x for x in args[:2] if x is not None)))
+        block.register_forward_hook(lambda _, args, out: inner.append(out[0] + out[1]))
     with torch.no_grad():
         logits = model(decoder["input_ids"].long())
     expected = decoder["inner_states"]
