@@ -24,7 +24,7 @@ def decay_attention(
         state = initial_state.to(dtype)
 
     outputs = []
-    for t in range(tokens):
-        state = decay[:, t, :, None, None] * state + k[:, t, :, :, None] * values[:, t, :, None, :]
-        outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))
+    for q_t, k_t, v_t, decay_t in zip(*(x.unbind(1) for x in (q, k, values, decay)), strict=True):
+        state = decay_t[..., None, None] * state + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
+        outputs.append((q_t.unsqueeze(-2) @ state).squeeze(-2))
     return torch.stack(outputs, dim=1).to(v.dtype), state

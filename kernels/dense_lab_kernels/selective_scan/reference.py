@@ -33,21 +33,21 @@ def selective_scan(
     dtype = compute_dtype(u)
     own_steps = _discretise(u, dt, A, B, dt_bias, dt_activation)
     source_steps = [_discretise(s.u, s.dt, s.A, s.B, s.dt_bias, dt_activation) for s in sources]
-    readout = _per_channel(C.to(dtype), channels)
-    gate_values = [gate.to(dtype) for gate in gates]
+    readout = _per_channel(C.to(dtype), channels).unbind(1)
+    gate_values = [gate.to(dtype).unsqueeze(-1).unbind(1) for gate in gates]
 
     zeros = u.new_zeros(batch, channels, A.shape[1], dtype=dtype)
     state = zeros if initial_state is None else initial_state.to(dtype)
     others = [zeros for _ in sources] if source_states is None else [s.to(dtype) for s in source_states]
     outputs = []
     for t in range(tokens):
-        others = [decay[:, t] * h + inflow[:, t] for h, (decay, inflow) in zip(others, source_steps, strict=True)]
-        reads = [gate[:, t, :, None] * h for gate, h in zip(gate_values, others, strict=True)]
-        state = own_steps[0][:, t] * state + own_steps[1][:, t]
+        others = [decay[t] * h + inflow[t] for h, (decay, inflow) in zip(others, source_steps, strict=True)]
+        reads = [gate[t] * h for gate, h in zip(gate_values, others, strict=True)]
+        state = own_steps[0][t] * state + own_steps[1][t]
         fused = sum(reads, start=state)
         if site == "carried":
             state = fused
-        outputs.append((readout[:, t] * fused).sum(-1))
+        outputs.append((readout[t] * fused).sum(-1))
 
     y = torch.stack(outputs, dim=1)
     if D is not None:
@@ -59,14 +59,14 @@ def selective_scan(
 
 def _discretise(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, dt_activation: str
-) -> tuple[Tensor, Tensor]:
-    """exp(dt A) and dt B u, both [B, T, D, N]."""
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """exp(dt A) and dt B u, both [B, D, N] for each of the T tokens."""
     dtype = compute_dtype(u)
     dt = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     if dt_activation == "softplus":
         dt = softplus(dt)
     inflow = (dt * u.to(dtype)).unsqueeze(-1) * _per_channel(B.to(dtype), u.shape[2])
-    return torch.exp(dt.unsqueeze(-1) * A.to(dtype)), inflow
+    return torch.exp(dt.unsqueeze(-1) * A.to(dtype)).unbind(1), inflow.unbind(1)
 
 
 def _per_channel(grouped: Tensor, channels: int) -> Tensor:
