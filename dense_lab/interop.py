@@ -83,6 +83,14 @@ def number(config: Config, key: str, default: float | None = None) -> Any:
     return value
 
 
+def whole(config: Config, key: str, default: int | None = None) -> int:
+    """`config[key]`, a whole number above zero; raises InputError otherwise."""
+    value = number(config, key, default)
+    if not isinstance(value, int):
+        raise InputError(f"config.json: {key} must be a whole number, got {value!r}")
+    return value
+
+
 def _assemble(plan: CheckpointPlan, tensors: dict[str, Tensor]) -> LanguageModel:
     import torch
 

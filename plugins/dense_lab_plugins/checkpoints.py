@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from dense_lab.errors import InputError
-from dense_lab.interop import CheckpointPlan, Config, Shapes, number
+from dense_lab.interop import CheckpointPlan, Config, Shapes, number, whole
 
 _SITES = ("k", "v")
 
@@ -23,9 +23,9 @@ class DenseGAUReader:
 
     def plan(self, config: Config, shapes: Shapes) -> CheckpointPlan:
         """Raises InputError for sizes that are no numbers; dense_block_layers = 0 is one, since its norms act alone."""
-        width, layers = number(config, "hidden_size"), range(number(config, "num_hidden_layers"))
+        width, layers = whole(config, "hidden_size"), range(whole(config, "num_hidden_layers"))
         bottlenecks = [_bottlenecks(shapes, layer) for layer in layers]
-        span = number(config, "dense_block_layers") if any(bottlenecks) else 0
+        span = whole(config, "dense_block_layers") if any(bottlenecks) else 0
         model = {
             "width": width,
             "ffn": "none",
@@ -36,8 +36,8 @@ class DenseGAUReader:
         }
         core = {
             "kind": "gau_retnet",
-            "heads": number(config, "num_attention_heads"),
-            "key_factor": number(config, "query_key_dim") / width,
+            "heads": whole(config, "num_attention_heads"),
+            "key_factor": whole(config, "query_key_dim") / width,
             "value_factor": number(config, "v_factor"),
             "norm_eps": model["norm_eps"],
         }
@@ -48,7 +48,7 @@ class DenseGAUReader:
         # Tables of the rotation; ours are computed.
         buffers = {"model.retnet_rel_pos.angle", "model.retnet_rel_pos.decay"}
         ignored = buffers | ({"lm_head.weight"} if model["head"] == "tied" else set())
-        return CheckpointPlan(model, number(config, "vocab_size"), names, frozenset(ignored))
+        return CheckpointPlan(model, whole(config, "vocab_size"), names, frozenset(ignored))
 
 
 def _bottlenecks(shapes: Shapes, layer: int) -> dict[str, int]:
@@ -119,14 +119,14 @@ class MambaReader:
         """Raises InputError for an activation other than silu, which Mamba's operations have built in."""
         if config.get("hidden_act", "silu") != "silu":
             raise InputError(f"config.json: hidden_act must be 'silu', got {config['hidden_act']!r}")
-        width, depth = number(config, "hidden_size", 768), number(config, "num_hidden_layers", 32)
+        width, depth = whole(config, "hidden_size", 768), whole(config, "num_hidden_layers", 32)
         rank, tied = config.get("time_step_rank", "auto"), config.get("tie_word_embeddings", True)
         core = {
             "kind": "mamba",
-            "state": number(config, "state_size", 16),
+            "state": whole(config, "state_size", 16),
             "expand": number(config, "intermediate_size", number(config, "expand", 2) * width) / width,
-            "conv_width": number(config, "conv_kernel", 4),
-            "dt_rank": None if rank == "auto" else number(config, "time_step_rank"),
+            "conv_width": whole(config, "conv_kernel", 4),
+            "dt_rank": None if rank == "auto" else whole(config, "time_step_rank"),
             "linear_bias": "learned" if config.get("use_bias", False) else "none",
             "conv_bias": "learned" if config.get("use_conv_bias", True) else "none",
         }
@@ -145,7 +145,7 @@ class MambaReader:
         for layer in range(depth):
             names |= _mamba_names(layer)
         copies = frozenset({"lm_head.weight"} if tied else ())
-        return CheckpointPlan(model, number(config, "vocab_size", 50280), names, copies)
+        return CheckpointPlan(model, whole(config, "vocab_size", 50280), names, copies)
 
 
 def _mamba_names(layer: int) -> dict[str, str]:

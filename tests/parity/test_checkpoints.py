@@ -123,6 +123,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("no heads", lambda c, t: c.pop("num_attention_heads"), "num_attention_heads must be a number above 0, got None"),
     ("odd heads", lambda c, t: c.update(num_attention_heads=3), "must divide into 3 heads"),
     ("span", lambda c, t: c.update(dense_block_layers=0), "dense_block_layers must be a number above 0, got 0"),
+    ("half a layer", lambda c, t: c.update(num_hidden_layers=3.5), "num_hidden_layers must be a whole number, got 3.5"),
     ("words", lambda c, t: c.update(hidden_size="wide"), "hidden_size must be a number above 0, got 'wide'"),
     (
         "format",
