@@ -19,9 +19,8 @@ import triton.language as tl
 
 from dense_lab_kernels._triton import sigmoid
 from dense_lab_kernels.selective_scan.triton_forward import (
-    LOG2_E,
     activate,
-    exp2,
+    decays,
     fetch,
     fetch_shared,
     keep,
@@ -84,10 +83,10 @@ def adjoint(
     begin = piece * segment
     end = tl.minimum(begin + segment, T)
 
-    s, decay, biases = (), (), ()
+    s, rate, biases = (), (), ()
     for i in tl.static_range(M + 1):
         s = s + (load_states(entry + piece_offset(i, piece, segments, D, N), offsets, tile_mask),)
-        decay = decay + (load_states(A + i * D * N, offsets, tile_mask) * LOG2_E,)
+        rate = rate + (load_states(A + i * D * N, offsets, tile_mask),)
         biases = biases + (tl.load(bias + i * D + channel, mask=exists, other=0.0),)
 
     count = tl.cdiv(end - begin, TILE)
@@ -110,14 +109,14 @@ def adjoint(
             keep(kept, s, tile, tl.cdiv(T, TILE), offsets, tile_mask, D, N)
         inflow = C[:, :, None] * grad[:, None, :]
         step = tl.where(live, activate(rows[0].to(tl.float32) + biases[0][None, :], SOFTPLUS), 0.0)
-        own, own_start = walk_back(exp2(decay[0][None, :, :] * step[:, None, :]), inflow, s[0], j, TILE, True)
+        own, own_start = walk_back(decays(rate[0], step, rows[0]), inflow, s[0], j, TILE, True)
         if CARRIED:
             inflow = own
         starts = (own_start,)
         for i in tl.static_range(1, M + 1):
             gate = rows[M + i].to(tl.float32)[:, None, :]
             other_step = tl.where(live, activate(rows[i].to(tl.float32) + biases[i][None, :], SOFTPLUS), 0.0)
-            other_a = exp2(decay[i][None, :, :] * other_step[:, None, :])
+            other_a = decays(rate[i], other_step, rows[i])
             _gradients, start = walk_back(other_a, gate * inflow, s[i], j, TILE, True)
             starts = starts + (start,)
         s = starts
@@ -207,16 +206,16 @@ def own_gradients(
             x = rows[M + 1].to(tl.float32) + tl.load(bias + channel, mask=exists, other=0.0)[None, :]
             step = tl.where(live, activate(x, SOFTPLUS), 0.0)
             grad = opened(rows, 3 * M + 2, HAS_Z)
-            a = exp2((rate * LOG2_E)[None, :, :] * step[:, None, :])
+            a = decays(rate, step, rows[M + 1])
             b = B * (step * value)[:, None, :]
             inflow = tl.zeros([TILE, NP, BLOCK], tl.float32)
             for i in tl.static_range(1, M + 1):
                 other_bias = tl.load(bias + i * D + channel, mask=exists, other=0.0)[None, :]
                 other_step = tl.where(live, activate(rows[M + 1 + i].to(tl.float32) + other_bias, SOFTPLUS), 0.0)
-                other_decay = load_states(A + i * D * N, offsets, mask) * LOG2_E
+                other_rate = load_states(A + i * D * N, offsets, mask)
                 other_h = load_states(kept + piece_offset(i, tile, tiles, D, N), offsets, mask)
                 other_b = shared[i].to(tl.float32)[:, :, None] * (other_step * rows[i].to(tl.float32))[:, None, :]
-                other_a = exp2(other_decay[None, :, :] * other_step[:, None, :])
+                other_a = decays(other_rate, other_step, rows[M + 1 + i])
                 _before, others = replay(other_a, other_b, other_h, j, TILE)
                 inflow += rows[2 * M + 1 + i].to(tl.float32)[:, None, :] * others
             if CARRIED:
@@ -287,9 +286,9 @@ def source_gradients(
                 own_s = load_states(ends + piece_offset(0, tile, tiles, D, N), offsets, mask)
                 own_x = rows[2].to(tl.float32) + tl.load(bias + channel, mask=exists, other=0.0)[None, :]
                 own_step = tl.where(live, activate(own_x, SOFTPLUS), 0.0)
-                own_a = exp2((load_states(A, offsets, mask) * LOG2_E)[None, :, :] * own_step[:, None, :])
+                own_a = decays(load_states(A, offsets, mask), own_step, rows[2])
                 inflow, _own_start = walk_back(own_a, inflow, own_s, j, TILE, False)
-            a = exp2((rate * LOG2_E)[None, :, :] * step[:, None, :])
+            a = decays(rate, step, rows[1])
             before, after = replay(a, B * (step * value)[:, None, :], h, j, TILE)
             dh, _start = walk_back(a, rows[3].to(tl.float32)[:, None, :] * inflow, s, j, TILE, False)
             B_sums += dh * (step * value)[:, None, :]
