@@ -12,6 +12,10 @@ import click
 from dense_lab.cli import options
 
 
+TRIALS = "searchFilter=tags.role%20%3D%20%22trial%22&orderByKey=metrics.%60valid%2Floss%60&orderByAsc=true"
+"""MLflow's pages hide nested runs until they are searched for; each study's own store has it as experiment 1."""
+
+
 @click.command("ui")
 @click.argument("study", type=click.Path(path_type=Path))
 @options.runs
@@ -31,9 +35,10 @@ def command(study: Path, runs: Path, port: int, host: str) -> None:
         if probe.connect_ex((host, port)) == 0:
             raise MachineError(f"port {port} on {host} is in use: give another with --port")
     url = f"sqlite:///{store.resolve()}"
-    options.console().print(f"MLflow on http://{host}:{port} (about ten seconds until it answers)")
-    arguments = ["--backend-store-uri", url, "--host", host, "--port", str(port)]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    trials = f"http://{host}:{port}/#/experiments/1/runs?{TRIALS}"
+    options.console().print(f"MLflow answers in about ten seconds; the trials, best first: {trials}", soft_wrap=True)
+    arguments = ["--backend-store-uri", url, "--host", host, "--port", str(port), "--workers", "1"]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     code = subprocess.run([sys.executable, "-m", "mlflow", "ui", *arguments], check=False, env=environment).returncode
     if code not in (0, 130, -2):
         raise MachineError(f"MLflow's server ended with code {code}")

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 LOCK = "mlflow.lock"
 """Held, in the study's folder, by the process that is sending."""
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag by which MLflow's pages open an experiment as one of training, not of language-model applications."""
 _METRICS, _PARAMS = 1000, 100
 """MLflow's limits for one batch."""
 
@@ -86,7 +88,8 @@ class Projection:
             # Beside the database in the study's folder; elsewhere the server knows where its artifacts go.
             home = (self.folder.resolve() / "artifacts").as_uri() if self.uri == default_uri(self.folder) else None
             try:
-                return str(self.client.create_experiment(study.name, artifact_location=home))
+                made = self.client.create_experiment(study.name, artifact_location=home, tags=KIND)
+                return str(made)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
