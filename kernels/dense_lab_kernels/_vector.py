@@ -172,6 +172,15 @@ _FORMATS = {
 }
 
 
+def _multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a b + c, fused where the processor can."""
+    bits = 32 if isinstance(a.type.element, ir.FloatType) else 64
+    name = f"llvm.fmuladd.v{WIDTH}f{bits}"
+    kinds = ir.FunctionType(a.type, [a.type] * 3)
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kinds, name)
+    return builder.call(function, (a, b, c))
+
+
 @intrinsic
 def exp(typing_context: Any, vector: Any) -> Any:
     """e^x, to about one unit in the last place; x is clamped to where the result is a normal number, NaN stays NaN.
@@ -190,26 +199,20 @@ def exp(typing_context: Any, vector: Any) -> Any:
         def integer(constant: int) -> ir.Constant:
             return ir.Constant(integers, [constant] * WIDTH)
 
-        def multiply_add(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-            name = f"llvm.fmuladd.v{WIDTH}f{bits}"
-            function = builder.module.globals.get(name) or ir.Function(
-                builder.module, ir.FunctionType(floats, [floats] * 3), name
-            )
-            return builder.call(function, (a, b, c))
-
         for comparison, limit in zip("<>", limits, strict=True):
             x = builder.select(builder.fcmp_ordered(comparison, x, number(limit)), number(limit), x)
         # Adding 1.5 * 2^mantissa leaves the rounded integer in the low bits, without a conversion that NaN would break.
         magic = number(1.5 * 2.0**mantissa)
-        shifted = multiply_add(x, number(1 / math.log(2)), magic)
+        shifted = _multiply_add(builder, x, number(1 / math.log(2)), magic)
         k = builder.fsub(shifted, magic)
         # ln 2 in two parts; the first is short, so that its product with k is exact.
         short = round(math.log(2) * 2 ** (mantissa // 2)) / 2 ** (mantissa // 2)
         rest = float(_LOG_2 - Fraction(short))
-        r = multiply_add(k, number(-rest), multiply_add(k, number(-short), x))
+        r = _multiply_add(builder, k, number(-short), x)
+        r = _multiply_add(builder, k, number(-rest), r)
         series = number(1 / math.factorial(terms - 1))
         for power in reversed(range(terms - 1)):
-            series = multiply_add(series, r, number(1 / math.factorial(power)))
+            series = _multiply_add(builder, series, r, number(1 / math.factorial(power)))
         exponent = builder.shl(builder.bitcast(shifted, integers), integer(mantissa))
         power_of_two = builder.bitcast(builder.add(exponent, integer(bias << mantissa)), floats)
         return builder.fmul(series, power_of_two)

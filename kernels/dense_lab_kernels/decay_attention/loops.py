@@ -29,6 +29,28 @@ def _slot(at: int, rows: int, columns: int) -> int:
     return c // PAIR * PAIR * rows + i * PAIR + c % PAIR
 
 
+@inlined
+def _token(
+    q: Array, k: Array, v: Array, places: tuple[int, int, int], fade: float, scratch: Array, out: Array, here: int
+) -> None:
+    """S = fade S + k v^T and out = q^T S, with q, k, v at their places and the result at `here`."""
+    at_q, at_k, at_v = places
+    rows, columns = q.shape[3], out.shape[3]
+    for c in range(0, columns, PAIR):
+        left_v, right_v = load(v, at_v + c), load(v, at_v + c + WIDTH)
+        left_out = right_out = spread(out.dtype.type(0))
+        for i in range(rows):
+            at, k_i, q_i = c * rows + i * PAIR, pick(k, at_k + i), pick(q, at_q + i)
+            left = load(scratch, at) * fade + left_v * k_i
+            right = load(scratch, at + WIDTH) * fade + right_v * k_i
+            store(scratch, at, left)
+            store(scratch, at + WIDTH, right)
+            left_out = left_out + left * q_i
+            right_out = right_out + right * q_i
+        store(out, here + c, left_out)
+        store(out, here + c + WIDTH, right_out)
+
+
 @compiled
 def scan(
     q: Array,
@@ -59,18 +81,6 @@ def scan(
             fade = pick(fades, (b % fades.shape[0] * tokens + t) * heads + h)
             at_q, at_k, at_v = _offset(q, b, t, h, heads), _offset(k, b, t, h, heads), _offset(v, b, t, h, heads)
             here = ((b * tokens + t) * heads + h) * columns
-            for c in range(0, columns, PAIR):
-                left_v, right_v = load(v, at_v + c), load(v, at_v + c + WIDTH)
-                left_out = right_out = spread(out.dtype.type(0))
-                for i in range(rows):
-                    at, k_i, q_i = c * rows + i * PAIR, pick(k, at_k + i), pick(q, at_q + i)
-                    left = load(scratch, at) * fade + left_v * k_i
-                    right = load(scratch, at + WIDTH) * fade + right_v * k_i
-                    store(scratch, at, left)
-                    store(scratch, at + WIDTH, right)
-                    left_out = left_out + left * q_i
-                    right_out = right_out + right * q_i
-                store(out, here + c, left_out)
-                store(out, here + c + WIDTH, right_out)
+            _token(q, k, v, (at_q, at_k, at_v), fade, scratch, out, here)
         for at in range(0, rows * columns, WIDTH):
             store(last, task * rows * columns + at, load(scratch, _slot(at, rows, columns)))

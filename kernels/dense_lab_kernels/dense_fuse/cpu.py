@@ -74,7 +74,7 @@ class _Fuse(torch.autograd.Function):
         sources, gates = others[: ctx.count], others[ctx.count :]
         d_own, d_reads, d_gates = torch.empty_like(own), *(own.new_empty(len(gates), *own.shape) for _ in range(2))
         tasks, cost = _work(own, others)
-        d_weight = weight.new_empty(tasks, len(weight))
+        d_weight = weight.new_zeros(tasks, len(weight))
         given = (own, _addresses(sources), _addresses(gates), weight)
         filled = (d_own, d_reads, d_gates, d_weight)
         run(loops.backward, tasks, cost, own[0], given, *ctx.options, ctx.width, scales, d_out.contiguous(), filled)

@@ -106,19 +106,16 @@ def backward(
     first: int,
     stop: int,
 ) -> None:
-    """Tasks first..stop: fill d = own, reads, gates, weight; d_weight [tasks, W] holds each task's share.
+    """Tasks first..stop: fill d = own, reads, gates, weight; d_weight [tasks, W], zeros at first, is per task.
 
     scratch [W]: a row of normalised numbers.
     """
     own, sources, gates, weight = inputs
     d_own, d_reads, d_gates, d_weight = d
     rows, width = own.shape
-    zero = own.dtype.type(0)
     for task in range(first, stop):
-        for column in range(0, d_weight.shape[1], WIDTH):
-            store(d_weight, task * width + column, spread(zero))
         for row in range(task * ROWS, min((task + 1) * ROWS, rows)):
-            along, scale = spread(zero), own.dtype.type(1)
+            along, scale = spread(own.dtype.type(0)), own.dtype.type(1)
             if weight.size:
                 scale = scales[row]
                 for column in range(0, width, WIDTH):

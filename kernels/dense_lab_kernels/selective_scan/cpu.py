@@ -10,6 +10,7 @@ Letters: B batch, T tokens, D channels, N state size, G groups, S streams, W cha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,31 +47,28 @@ def selective_scan(
     streams = [(u, dt, A, B, dt_bias), *sources]
     channel = _Channels(channels, [C.shape[2], *(stream[3].shape[2] for stream in streams)])
     dtype = compute_dtype(u)
-
-    def stacked(tensors: list[Tensor]) -> Tensor:
-        """[S, ..., D'] in the dtype computed in: streams first, padded channels last."""
-        wide = [channel.widen(x.to(dtype)) for x in tensors]
-        return torch.stack(wide) if len(wide) > 1 else wide[0].unsqueeze(0).contiguous()
-
-    steps = [x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype) for _, x, _, _, bias in streams]
-    if dt_activation == "softplus":
-        steps = [softplus(x) for x in steps]
     starts = [initial_state, *(source_states or [None] * len(sources))]
     zeros = u.new_zeros(batch, channels, A.shape[1], dtype=dtype)
     y, last = _Scan.apply(
-        stacked([s[0] for s in streams]),
-        stacked(steps),
-        stacked([s[2].mT[None] for s in streams]),
+        channel.stack([s[0] for s in streams], dtype),
+        channel.stack([_step(dt, bias, dt_activation, dtype) for _, dt, _, _, bias in streams], dtype),
+        channel.stack([s[2].mT[None] for s in streams], dtype),
         torch.stack([channel.share(s[3].to(dtype)) for s in streams]).contiguous(),
         channel.share(C.to(dtype)).contiguous(),
-        stacked(list(gates)) if gates else zeros.new_zeros(0, 1, 1, 1),
+        channel.stack(gates, dtype) if gates else zeros.new_zeros(0, 1, 1, 1),
         channel.widen(zeros.new_zeros(channels) if D is None else D.to(dtype)).contiguous(),
         zeros.new_zeros(0, 1, 1) if z is None else channel.widen(z.to(dtype)).contiguous(),
-        stacked([(zeros if start is None else start).mT for start in starts]),
+        channel.stack([(zeros if start is None else start).mT for start in starts], dtype),
         site == "carried",
     )
     own, *others = channel.narrow(last).mT.unbind(0)
     return channel.narrow(y).to(u.dtype), own, tuple(others)
+
+
+def _step(dt: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
+    """The step that the recurrence takes."""
+    dt = dt.to(dtype) if bias is None else dt.to(dtype) + bias.to(dtype)
+    return softplus(dt) if activation == "softplus" else dt
 
 
 class _Channels:
@@ -93,6 +91,11 @@ class _Channels:
         if not self.extra:
             return x
         return x.unflatten(-1, (self.groups, -1))[..., : self.in_group].flatten(-2)
+
+    def stack(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """[S, ..., D'] in `dtype`: streams first, padded channels last."""
+        wide = [self.widen(x.to(dtype)) for x in tensors]
+        return torch.stack(wide) if len(wide) > 1 else wide[0].unsqueeze(0).contiguous()
 
     def share(self, x: Tensor) -> Tensor:
         """[B, T, G, N] -> [B, T, G', N] with the number of groups that suits all streams."""

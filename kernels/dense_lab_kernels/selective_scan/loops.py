@@ -197,6 +197,33 @@ def _gate_back(z: Array, d_out: Array, here: int, y: Vector, d_z: Array) -> Vect
     return d_y
 
 
+@inlined
+def _token_back(
+    inputs: Any,
+    z: Array,
+    carried: bool,
+    place: Place,
+    part: int,
+    t: int,
+    scratch: Array,
+    slots: Any,
+    d_out: Array,
+    d: Any,
+) -> None:
+    """From the output and the states after token t to its inputs and the states before it."""
+    before, after, fade, at_A, at_h = slots
+    d_u, d_dt, _, d_B, d_C, d_gates, d_D, d_z, _ = d
+    _, _, tokens, channels = inputs[0].shape
+    here = (place[0] * tokens + t) * channels + place[1]
+    prefetch(d_out, here - AHEAD * channels)
+    prefetch(z, here - AHEAD * channels)
+    y = load(d_z, here) if z.shape[0] else load(d_out, here)
+    d_y = _gate_back(z, d_out, here, y, d_z)
+    _join_back(inputs, carried, place, t, scratch, after, at_h, d_y, (d_C, part * d_C[0].size, d_gates))
+    stepped = (d_u, d_dt, d_B, part * d_B[0].size, d_D)
+    _step_back(inputs, place, t, scratch, before, fade, at_A, at_h, d_y, stepped)
+
+
 @compiled
 def backward(
     inputs: Any,
@@ -216,7 +243,7 @@ def backward(
     as first dimension; d_z holds y before z until the gradient replaces it.
     """
     _, _, tokens, channels = inputs[0].shape
-    d_u, d_dt, d_A, d_B, d_C, d_gates, d_D, d_z, d_start = d
+    _, _, d_A, d_B, _, _, _, d_z, d_start = d
     in_sequence, in_group = channels // WIDTH, d_B.shape[0]
     slot = d_last.shape[0] * d_last.shape[2] * WIDTH
     at_A, at_h, states, fades = slot, 2 * slot, 3 * slot, (4 + SEGMENT) * slot
@@ -225,8 +252,8 @@ def backward(
         place, part = (b, at), task % in_sequence % in_group
         _fetch(inputs[2], 0, (0, at), scratch, 0)
         _fetch(d_last, 0, place, scratch, at_h)
-        for row in range(slot // WIDTH):
-            store(scratch, at_A + row * WIDTH, spread(d_A.dtype.type(0)))
+        for at_row in range(at_A, at_A + slot, WIDTH):
+            store(scratch, at_row, spread(d_A.dtype.type(0)))
         for segment in range(saved.shape[0] - 1, -1, -1):
             begin = segment * SEGMENT
             length = min(SEGMENT, tokens - begin)
@@ -237,14 +264,7 @@ def backward(
                 if z.shape[0]:
                     store(d_z, (b * tokens + begin + k) * channels + at, y)
             for k in range(length - 1, -1, -1):
-                here, old, fade = (b * tokens + begin + k) * channels + at, states + k * slot, fades + k * slot
-                prefetch(d_out, here - AHEAD * channels)
-                prefetch(z, here - AHEAD * channels)
-                y = load(d_z, here) if z.shape[0] else load(d_out, here)
-                d_y = _gate_back(z, d_out, here, y, d_z)
-                joined = (d_C, part * d_C[0].size, d_gates)
-                _join_back(inputs, carried, place, begin + k, scratch, old + slot, at_h, d_y, joined)
-                stepped = (d_u, d_dt, d_B, part * d_B[0].size, d_D)
-                _step_back(inputs, place, begin + k, scratch, old, fade, at_A, at_h, d_y, stepped)
+                slots = (states + k * slot, states + (k + 1) * slot, fades + k * slot, at_A, at_h)
+                _token_back(inputs, z, carried, place, part, begin + k, scratch, slots, d_out, d)
         _keep(scratch, at_A, place, d_A, 0)
         _keep(scratch, at_h, place, d_start, 0)
