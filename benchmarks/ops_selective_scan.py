@@ -33,17 +33,9 @@ QUOTED = {SHAPES[0]: (0.589, 2.89), SHAPES[1]: (1.16, 5.69), SHAPES[2]: (1.45, 7
 KERNELS = ("forward", "adjoint", "join", "own_gradients", "source_gradients")
 SWEEP = [
     {},
-    {"block": 16},
-    {"block": 8},
-    {"stages": 2},
-    {"stages": 5},
-    {"tile": 4},
-    {"block": 16, "tile": 4, "stages": 5},
-    {"segment": 1024},
-    {"tile_stages": 2},
-    {"tile_stages": 3},
-    {"splits": 8, "span": 4},
-    {"splits": 16, "span": 32},
+    {"ahead": 0},
+    {"tile_block": 4},
+    {"ahead": 0, "tile_block": 4},
 ]
 
 

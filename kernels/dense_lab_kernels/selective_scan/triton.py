@@ -65,7 +65,7 @@ class Plan(NamedTuple):
     stages: int  # tiles that a walk fetches ahead, the present one included
     segment: int  # tokens of a walk
     tile_block: int  # channels that a program replays at a time
-    tile_stages: int
+    ahead: int  # 1: while at one of them, it asks the L2 cache for the next
     splits: int  # parts of a group's channels, and
     span: int  # tiles, that one replaying program takes
 
@@ -98,7 +98,7 @@ def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units:
 
     A program is one warp. A thread that walks holds up to 16 states of a stream; the chip wants two walking warps per
     processor or more, so shorter work is cut in segments, which costs every decay once more. Replaying programs are
-    many: about 32 per processor.
+    many: about 32 per processor; each span of tiles has gradients of A of its own, and there are up to 256 of these.
     """
     batch, tokens, channels = shape
     padded = max(4, triton.next_power_of_2(states))
@@ -114,10 +114,10 @@ def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units:
     blocks = math.ceil(per_group / tile_block)
     programs = 32 * units
     splits = max(1, min(16, blocks // 8, math.ceil(programs / (batch * groups))))
-    spans = max(1, min(tiles, 32, math.ceil(programs / (batch * groups * splits))))
+    spans = max(1, min(tiles, max(32, 256 // batch), math.ceil(programs / (batch * groups * splits))))
     return Plan(
         batch, tokens, channels, states, padded, groups, sources, **options,
-        block=block, tile=tile, stages=3, segment=segment, tile_block=tile_block, tile_stages=1,
+        block=block, tile=tile, stages=3, segment=segment, tile_block=tile_block, ahead=1,
         splits=splits, span=math.ceil(tiles / spans),
     )  # fmt: skip
 
@@ -286,7 +286,7 @@ def _gradients(
     rows = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like)
     sizes = (plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.groups, plan.span, plan.splits)
     flags = plan.flags() | {"HAS_Z": plan.gated, "BLOCK": plan.tile_block, "TILE": plan.tile}
-    flags |= {"STAGES": plan.tile_stages, "num_warps": 1}
+    flags |= {"AHEAD": plan.ahead, "num_warps": 1}
     grid = (plan.groups * plan.splits, plan.batch, plan.spans)
     outer = (grad, *((inputs.z,) if plan.gated else ()))
     if stream == 0:

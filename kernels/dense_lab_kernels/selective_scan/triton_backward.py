@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_lab_kernels._triton import sigmoid
+from dense_lab_kernels._triton import INTERPRETED, sigmoid
 from dense_lab_kernels.selective_scan.triton_forward import (
     activate,
     decays,
@@ -30,6 +30,27 @@ from dense_lab_kernels.selective_scan.triton_forward import (
     piece_offset,
     state_offsets,
 )
+
+_PREFETCHES = tl.constexpr(not INTERPRETED)
+
+
+@triton.jit
+def prefetch(pointers):
+    """Have these addresses in the L2 cache soon; waits for nothing and takes no registers."""
+    if _PREFETCHES:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def prefetch_block(tokens, strides, states, batch, t, channel, n, T, D, N):
+    """`prefetch` of one block's rows, and states [N, D] from each of the pointers `states`; channel: its first."""
+    for i in tl.static_range(len(tokens)):
+        row = batch * strides[i][0] + tl.minimum(t, T - 1).to(tl.int64) * strides[i][1]
+        prefetch(tokens[i] + row + channel)
+    for i in tl.static_range(len(states)):
+        prefetch(states[i] + tl.minimum(n, N - 1) * D + channel)
 
 
 @triton.jit
@@ -144,10 +165,12 @@ def opened(rows, i: tl.constexpr, HAS_Z: tl.constexpr):
 
 
 @triton.jit
-def accumulate(pointer, offsets, value, fresh, mask):
-    """Add to a buffer that this program alone uses; `fresh`: nothing is there yet."""
-    old = tl.load(pointer + offsets, mask=mask & (offsets * 0 + fresh < 1), other=0.0)
-    tl.store(pointer + offsets, old + value, mask=mask)
+def so_far(pointer, offsets, fresh, mask):
+    """What a buffer that this program alone uses holds; zeros if it is `fresh`: nothing is there yet.
+
+    Loaded with a block's inputs: behind its first store, a load is not moved forward and is waited for.
+    """
+    return tl.load(pointer + offsets, mask=mask & (offsets * 0 + fresh < 1), other=0.0)
 
 
 @triton.jit
@@ -177,7 +200,7 @@ def own_gradients(
     dskip, dbias,  # [spans * B, D] float32
     T, D, N, per_group, groups, span, splits,
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr, M: tl.constexpr,
-    NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the own stream, for one split of a group's channels and `span` tiles; grid (G splits, B, spans)."""
     group, split, begin, end = own_share(per_group, splits, BLOCK)
@@ -191,7 +214,7 @@ def own_gradients(
         live = (t < T)[:, None]
         B_sums = tl.zeros([TILE, NP, BLOCK], tl.float32)
         C_sums = tl.zeros([TILE, NP, BLOCK], tl.float32)
-        for place in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        for place in range(begin, end, BLOCK):
             exists = place + tl.arange(0, BLOCK) < end
             channel = group * per_group + place + tl.arange(0, BLOCK)
             mask = (n < N)[:, None] & exists[None, :]
@@ -200,10 +223,23 @@ def own_gradients(
             shared = fetch_shared(tables, table_strides, batch, group, t, n, live & (n < N)[None, :])
             h = load_states(kept + piece_offset(0, tile, tiles, D, N), offsets, mask)
             s = load_states(ends + piece_offset(0, tile, tiles, D, N), offsets, mask)
+            if AHEAD:
+                following = group * per_group + tl.where(place + BLOCK < end, place + BLOCK, place)
+                states = (ends + piece_offset(0, tile, tiles, D, N),)
+                for i in tl.static_range(M + 1):
+                    states = states + (kept + piece_offset(i, tile, tiles, D, N),)
+                prefetch_block(tokens, strides, states, batch, t, following, n, T, D, N)
             rate = load_states(A, offsets, mask)
+            biases = tl.load(bias + channel, mask=exists, other=0.0)
+            fresh = tile == first
+            old_A = so_far(dA + home * N, offsets, fresh, mask)
+            old_bias = so_far(dbias + home, channel, fresh, exists)
+            if HAS_SKIP:
+                skips = tl.load(skip + channel, mask=exists, other=0.0)
+                old_skip = so_far(dskip + home, channel, fresh, exists)
             B = shared[0].to(tl.float32)[:, :, None]
             value = rows[0].to(tl.float32)
-            x = rows[M + 1].to(tl.float32) + tl.load(bias + channel, mask=exists, other=0.0)[None, :]
+            x = rows[M + 1].to(tl.float32) + biases[None, :]
             step = tl.where(live, activate(x, SOFTPLUS), 0.0)
             grad = opened(rows, 3 * M + 2, HAS_Z)
             a = decays(rate, step, rows[M + 1])
@@ -232,13 +268,13 @@ def own_gradients(
             x_grad = tl.where(live, x_grad, 0.0)
             value_grad = flow * step
             if HAS_SKIP:
-                value_grad += tl.load(skip + channel, mask=exists, other=0.0)[None, :] * grad
-                accumulate(dskip + home, channel, tl.sum(grad * value, axis=0), tile == first, exists)
+                value_grad += skips[None, :] * grad
+                tl.store(dskip + home + channel, old_skip + tl.sum(grad * value, axis=0), mask=exists)
             out = (batch * T + t.to(tl.int64))[:, None] * D + channel[None, :]
             tl.store(du + out, value_grad.to(du.dtype.element_ty), mask=live & exists[None, :])
             tl.store(ddt + out, x_grad.to(ddt.dtype.element_ty), mask=live & exists[None, :])
-            accumulate(dA + home * N, offsets, tl.sum(lost * step[:, None, :], axis=0), tile == first, mask)
-            accumulate(dbias + home, channel, tl.sum(x_grad, axis=0), tile == first, exists)
+            tl.store(dA + home * N + offsets, old_A + tl.sum(lost * step[:, None, :], axis=0), mask=mask)
+            tl.store(dbias + home + channel, old_bias + tl.sum(x_grad, axis=0), mask=exists)
         store_shared(dB, split, group, groups, t, n, T, NP, tl.sum(B_sums, axis=2))
         store_shared(dC, split, group, groups, t, n, T, NP, tl.sum(C_sums, axis=2))
 
@@ -254,7 +290,7 @@ def source_gradients(
     dA, dbias,  # [spans * B, N, D] and [spans * B, D], float32
     T, D, N, per_group, groups, span, splits,
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr,
-    NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one source; its states receive gate x (CARRIED: the own states' gradient, else C dy)."""
     group, split, begin, end = own_share(per_group, splits, BLOCK)
@@ -267,7 +303,7 @@ def source_gradients(
         t = tile * TILE + j
         live = (t < T)[:, None]
         B_sums = tl.zeros([TILE, NP, BLOCK], tl.float32)
-        for place in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        for place in range(begin, end, BLOCK):
             exists = place + tl.arange(0, BLOCK) < end
             channel = group * per_group + place + tl.arange(0, BLOCK)
             mask = (n < N)[:, None] & exists[None, :]
@@ -276,10 +312,17 @@ def source_gradients(
             shared = fetch_shared(tables, table_strides, batch, group, t, n, live & (n < N)[None, :])
             h = load_states(kept + piece_offset(stream, tile, tiles, D, N), offsets, mask)
             s = load_states(ends + piece_offset(stream, tile, tiles, D, N), offsets, mask)
+            if AHEAD:
+                following = group * per_group + tl.where(place + BLOCK < end, place + BLOCK, place)
+                place_of = piece_offset(stream, tile, tiles, D, N)
+                prefetch_block(tokens, strides, (kept + place_of, ends + place_of), batch, t, following, n, T, D, N)
             rate = load_states(A + stream * D * N, offsets, mask)
+            biases = tl.load(bias + stream * D + channel, mask=exists, other=0.0)
+            old_A = so_far(dA + home * N, offsets, tile == first, mask)
+            old_bias = so_far(dbias + home, channel, tile == first, exists)
             B = shared[0].to(tl.float32)[:, :, None]
             value = rows[0].to(tl.float32)
-            x = rows[1].to(tl.float32) + tl.load(bias + stream * D + channel, mask=exists, other=0.0)[None, :]
+            x = rows[1].to(tl.float32) + biases[None, :]
             step = tl.where(live, activate(x, SOFTPLUS), 0.0)
             inflow = shared[1].to(tl.float32)[:, :, None] * opened(rows, 4, HAS_Z)[:, None, :]
             if CARRIED:
@@ -301,6 +344,6 @@ def source_gradients(
             tl.store(du + out, (flow * step).to(du.dtype.element_ty), mask=live & exists[None, :])
             tl.store(ddt + out, x_grad.to(ddt.dtype.element_ty), mask=live & exists[None, :])
             tl.store(dgate + out, gate_grad.to(dgate.dtype.element_ty), mask=live & exists[None, :])
-            accumulate(dA + home * N, offsets, tl.sum(lost * step[:, None, :], axis=0), tile == first, mask)
-            accumulate(dbias + home, channel, tl.sum(x_grad, axis=0), tile == first, exists)
+            tl.store(dA + home * N + offsets, old_A + tl.sum(lost * step[:, None, :], axis=0), mask=mask)
+            tl.store(dbias + home + channel, old_bias + tl.sum(x_grad, axis=0), mask=exists)
         store_shared(dB, split, group, groups, t, n, T, NP, tl.sum(B_sums, axis=2))
