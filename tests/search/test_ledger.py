@@ -14,6 +14,7 @@ from dense_lab.urls import masked
 from tests.search.fakes import calls, stored, train
 from tests.search.helpers import CONTINUOUS, SIX, Here, study
 
+pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 DEAD = {"pid": 2**22 + 1, "started": 0.0}
 
 
