@@ -26,7 +26,7 @@ test-all: .venv/installed-dev  ## every combination of components, not only ever
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check dense_lab kernels plugins tests benchmarks
 	$(BIN)/mypy
 
 gpu-test:  ## on the GPU host, with that host's own Python

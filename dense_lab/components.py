@@ -31,7 +31,7 @@ class Spec(BaseModel):
 
 
 class Component(Spec):
-    """A spec that fills a slot; subclasses add `kind: Literal["name"] = "name"` and a docstring that names the paper."""
+    """A spec that fills a slot; subclasses add `kind: Literal["name"] = "name"` and a docstring with the paper."""
 
     slot: ClassVar[str] = ""
 
@@ -165,7 +165,9 @@ class Slot:
         registry = (info.context or {}).get("registry") or registries.default()
         if isinstance(value, Component):
             if value.slot != self.slot:
-                raise PydanticCustomError("slot", "a {got} cannot fill slot {slot}", {"got": value.slot, "slot": self.slot})
+                raise PydanticCustomError(
+                    "slot", "a {got} cannot fill slot {slot}", {"got": value.slot, "slot": self.slot}
+                )
             return value
         kind, fields = self._split(value, registry)
         try:

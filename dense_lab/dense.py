@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import ModelWrapValidatorHandler, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from torch import Tensor, nn
 
 from dense_lab.components import FusionSlot, PatternSlot, Spec, TransitionSlot
@@ -33,7 +33,7 @@ class DenseSpec(Spec):
     """Which earlier layers."""
     transition: TransitionSlot = "gated"  # type: ignore[assignment]
     """phi: projection x gate of what is read."""
-    site_transitions: dict[str, TransitionSlot] = {}
+    site_transitions: dict[str, TransitionSlot] = Field(default={})
     """phi of single sites where it differs from `transition`: the released DenseRetNets gate k and v unlike."""
     fusion: FusionSlot = "add"  # type: ignore[assignment]
     """How it joins the layer's own stream."""
@@ -60,7 +60,7 @@ class DenseSpec(Spec):
             for name in names:
                 if name not in known:
                     raise InputError(
-                        f"{key}: no dense-able stream {name!r}.{did_you_mean(name, known)} There are: {', '.join(known)}"
+                        f"{key}: no dense-able stream {name!r}.{did_you_mean(name, known)} It has: {', '.join(known)}"
                     )
         return tuple(offered[name] for name in sites)
 

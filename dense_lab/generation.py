@@ -77,19 +77,22 @@ class Decoder:
         self._steps += 1
         if self._stream is None:
             self._step()
-        elif self._graph is not None:
-            self._graph.replay()
-        else:
+        elif not self._replayed():
             if self.mode == "graph" and self._steps > _WARM_UP:
                 self._record(self._stream)
-                if self._graph is not None:
-                    self._graph.replay()
+                if self._replayed():
                     return self.token
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 self._step()
             torch.cuda.current_stream().wait_stream(self._stream)
         return self.token
+
+    def _replayed(self) -> bool:
+        """Whether there was a graph to replay."""
+        if self._graph is not None:
+            self._graph.replay()
+        return self._graph is not None
 
     @torch.no_grad()
     def _step(self) -> None:
@@ -99,7 +102,8 @@ class Decoder:
         moved = [(a, b) for a, b in zip(old, new, strict=True) if isinstance(a, Tensor) and a is not b]
         for dtype in {a.dtype for a, _ in moved}:
             # One launch for all layers; a kernel that wrote in place returned the buffer itself.
-            torch._foreach_copy_(*map(list, zip(*((a, b) for a, b in moved if a.dtype == dtype), strict=True)))
+            pairs = [(a, b) for a, b in moved if a.dtype == dtype]
+            torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
         self.token.copy_(self.sampling.choose(logits, self.generator))
 
     def _record(self, stream: torch.cuda.Stream) -> None:

@@ -1,4 +1,4 @@
-"""The whole surface of the plugin system: one hook. A distribution names its module in entry-point group `dense_lab`."""
+"""The whole surface of the plugin system: one hook, and the entry-point group `dense_lab`."""
 
 from __future__ import annotations
 

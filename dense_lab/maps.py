@@ -23,7 +23,7 @@ def linear_maps(x: Tensor, weights: Sequence[Tensor], parts: Sequence[int] | Non
     if x.is_cuda and torch.is_grad_enabled():
         if torch.is_autocast_enabled("cuda"):
             x = x.to(torch.get_autocast_dtype("cuda"))
-        return list(LinearMaps.apply(x, parts, *weights))
+        return list(LinearMaps.apply(x, parts, *weights))  # type: ignore[no-untyped-call]
     pieces = [piece for w, n in zip(weights, parts, strict=True) for piece in (w.chunk(n) if n > 1 else (w,))]
     return [nn.functional.linear(x, piece) for piece in pieces]
 

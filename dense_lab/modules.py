@@ -56,7 +56,7 @@ class CoreModule(nn.Module):
         return self.mix(streams, state)
 
     def undecayed(self) -> set[str]:
-        """Names of parameters (relative to this module) that weight decay must leave alone, besides norms and biases."""
+        """Names of parameters (relative to this module) that weight decay leaves alone, besides norms, biases."""
         return set()
 
 

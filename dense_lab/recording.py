@@ -58,11 +58,15 @@ class MergedProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of torch comes by here; linear maps without a bias are caught."""
         if func is nn.functional.linear and not kwargs and (len(args) == 2 or args[2] is None):
-            return self._observe(*args[:2]) if self._groups is None else self._product(*args[:2], self._groups)
+            return (
+                self._observe(args[0], args[1])
+                if self._groups is None
+                else self._product(args[0], args[1], self._groups)
+            )
         return func(*args, **(kwargs or {}))
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         if self._groups is None:
             groups = [_Group(weights) for _, weights in self._read if len(weights) > 1]
             self._groups = {key: group for group in groups for key in group.keys}

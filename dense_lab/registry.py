@@ -176,7 +176,7 @@ class Registrar:
         self._registry.presets[name] = Preset(name, summary, model, self._plugin)
 
     def checkpoint_reader(self, name: str, reader: CheckpointReader) -> None:
-        """Register who reads a format of released checkpoints (`dense_lab.interop`); the first that claims one reads it."""
+        """Register a reader of released checkpoints (`dense_lab.interop`); the first to claim it reads it."""
         self._registry.checkpoint_readers.setdefault(name, reader)
 
 

@@ -11,7 +11,6 @@ import click
 
 from dense_lab.cli import options
 
-
 TRIALS = "searchFilter=tags.role%20%3D%20%22trial%22&orderByKey=metrics.%60valid%2Floss%60&orderByAsc=true"
 """MLflow's pages hide nested runs until they are searched for; each study's own store has it as experiment 1."""
 
