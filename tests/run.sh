@@ -16,5 +16,5 @@ trap 'rm -rf "$wheels"' EXIT
 PYTHONPATH="$wheels/site" "$python" -m pytest -q plugins/dense-lab-gla/tests -p no:cacheprovider
 
 # Triton's interpreter must be chosen before triton is imported, so its tests have a process of their own.
-TRITON_INTERPRET=1 "$python" -m pytest -q -n 2 tests/kernels -k triton -p no:cacheprovider
+TRITON_INTERPRET=1 "$python" -m pytest -q -n 2 tests/kernels/test_triton_*.py -p no:cacheprovider
 exec "$python" -m pytest -q -n 2 --dist loadfile tests "$@"
