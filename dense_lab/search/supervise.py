@@ -124,7 +124,7 @@ class Supervisor:
         problem = _last_words(worker.pipe)
         if problem is not None:
             raise problem
-        self._deaths[pid] = f"its worker (process {pid}) {_said(code)}"
+        self._deaths[pid] = _epitaph(pid, code)
         self._stillborn = 0 if self.settle() else self._stillborn + 1
         if self._stillborn >= _STILLBORN:
             log = self.job.folder / "logs"
@@ -139,13 +139,28 @@ class Supervisor:
 
     def _why(self, owner: dict[str, Any]) -> dict[str, Any]:
         """Attributes of an interrupted trial. Only deaths that were seen to be the trial's own count against it."""
-        reason = self._deaths.get(owner.get("pid", 0))
+        reason = self._deaths.get(owner.get("pid", 0)) or self._died_since(owner.get("pid", 0))
+        if not owner and self._deaths:
+            # A worker died between claiming the trial and signing it: which one is not known, how is.
+            return {"interrupted": list(self._deaths.values())[-1], "stopped": True}
         if reason is None:
             return {"interrupted": "stopped by the user" if self.stopping else "the search was gone", "stopped": True}
         return {"interrupted": reason}
 
+    def _died_since(self, pid: int) -> str | None:
+        """How a worker ended that has died since the workers were last looked at; several can die at once."""
+        for worker in self._workers.values():
+            if worker.process.pid == pid:
+                worker.process.join()
+                return _epitaph(pid, worker.process.exitcode or 0)
+        return None
+
     def _give_up(self, root: int, reason: str) -> None:
         ending.fail(self.job.folder / TRIALS / f"{root:04d}", reason)
+
+
+def _epitaph(pid: int, code: int) -> str:
+    return f"its worker (process {pid}) {_said(code)}"
 
 
 def _start(job: Job) -> _Worker:
