@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from dense_lab.budget_spec import BudgetSpec as BudgetSpec
 from dense_lab.components import Component, DataSlot, Spec
 from dense_lab.errors import did_you_mean
 from dense_lab.model import ModelSpec
@@ -173,20 +174,6 @@ class SearchSpec(Spec):
             known = ", ".join(CURVES)
             raise ValueError(f"pruner {self.pruner!r} needs an objective that is known while a trial runs: {known}")
         return self
-
-
-class BudgetSpec(Spec):
-    """A size that every arm is brought to, so that architectures are compared and not sizes."""
-
-    params: Count
-    """Parameters that each model should have."""
-    count: Literal["non_embedding", "all"] = "non_embedding"
-    """What is counted: everything but the embedding and an untied head, so that vocabulary and width do not blur the
-    comparison (Kaplan et al. 2020, section 2.1), or everything."""
-    tolerance: Fraction = 0.05
-    """Largest relative difference; a core whose width comes in multiples of s cannot do better than about s / width."""
-    solve: Literal["width"] = "width"
-    """What is chosen to meet the budget: `model.width`, which a study with a budget leaves out."""
 
 
 class StudySpec(RunSpec):
