@@ -195,3 +195,16 @@ class TestErrors:
     def test_fractions(self, fractions: dict[str, float]) -> None:
         with pytest.raises(ValidationError, match=r"nothing would be left|must be above 0"):
             Text(path="x", **fractions)
+
+
+def test_python_source_takes_installed_packages_in() -> None:
+    plain, more = PythonSource().prepare(), PythonSource(packages=("click", "rich")).prepare()
+    assert more.tokens("train") > plain.tokens("train") + 100_000
+    assert more.fingerprint != plain.fingerprint
+    assert more.fingerprint == PythonSource(packages=("rich", "click")).prepare().fingerprint
+
+
+@pytest.mark.parametrize("name", ["no_such_package", "os.path", "this", "../x"])
+def test_a_package_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(InputError, match=f"no package '{name}' is installed here"):
+        PythonSource(packages=(name,)).prepare()
