@@ -80,7 +80,6 @@ class GraphStep:
     def _give_up(self, reason: str) -> None:
         self.mode, self._recorded = f"eager: {reason}", None
         self._eager.optimizer.zero_grad()
-        _capturable(self._eager.optimizer, "eager")
         warnings.warn(
             f"the training step cannot be a CUDA graph and runs eagerly: {reason}", GraphNotUsed, stacklevel=4
         )
@@ -95,7 +94,6 @@ class _Recording:
         parts = list(map(Batch, self.inputs.split(self._size), self.targets.split(self._size)))
         self._shares = torch.empty(len(parts), device=device)
         self._lr = torch.zeros((), device=device)
-        _capturable(step.optimizer, "graph")
         step.set_rate(self._lr)
         self._graph = torch.cuda.CUDAGraph()
         with recorded(self._graph, stream):
@@ -118,9 +116,3 @@ class _Recording:
 def _kept(result: Tensor) -> Tensor:
     """A copy that the next replay does not overwrite."""
     return result.clone()
-
-
-def _capturable(optimizer: torch.optim.Optimizer, mode: str) -> None:
-    """Tell torch's optimiser whether its step is recorded."""
-    for group in optimizer.param_groups:
-        group["capturable"] = mode == "graph"

@@ -116,6 +116,36 @@ def test_weight_decay_spares_embeddings_vectors_and_what_a_core_declares() -> No
     assert "head.weight" not in dict(tied.named_parameters())
 
 
+def test_the_optimiser_is_that_of_torch() -> None:
+    spec = TrainSpec(weight_decay=0.3)
+    gradients = [[torch.randn(4, 3), torch.randn(3)] for _ in range(4)]
+    gradients[1][1] = None  # A parameter without a gradient stays where it is.
+
+    def trained(kind: str) -> list[torch.Tensor]:
+        model = torch.nn.Linear(3, 4)
+        weights = [model.weight, torch.nn.Parameter(torch.ones(3))]
+        model.scale = weights[1]
+        model.weight.data.copy_(torch.arange(12.0).view(4, 3))
+        model.bias.requires_grad_(False)
+        optimizer = build_optimizer(model, spec)
+        if kind == "torch":
+            groups = [{**group} for group in optimizer.param_groups]
+            optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=(spec.beta1, spec.beta2), fused=True)
+        for number, pair in enumerate(gradients):
+            for weight, gradient in zip(weights, pair, strict=True):
+                weight.grad = gradient
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / (number + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(weight.grad is None for weight in weights)
+        moments = [optimizer.state[weight][key] for weight in weights for key in ("step", "exp_avg", "exp_avg_sq")]
+        return [*weights, *moments]
+
+    for ours, theirs in zip(trained("ours"), trained("torch"), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("micro_size", [1, 2, 3])
 def test_pieces_of_a_batch_give_the_gradient_of_the_whole(micro_size: int) -> None:
     spec = RunSpec.model_validate({"model": {"width": 16, "depth": 1, "core": {"kind": "retnet", "heads": 2}}})
