@@ -161,7 +161,7 @@ class Study:
 
     def check_sizes(self) -> None:
         """Build the architectures on the meta device, all if there are few; raises InputError when sizes clash."""
-        from dense_lab.model import check_sizes
+        from dense_lab.counting import check_sizes
 
         number = self.size()
         found: dict[str, Problem] = {}

@@ -67,7 +67,7 @@ def _corners(study: Study) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _sized(study: Study, label: str, params: dict[str, Any]) -> dict[str, Any]:
-    from dense_lab.model import count
+    from dense_lab.counting import count
 
     run = study.point(params)
     counts = count(run.model, run.data.prepare().vocab_size)

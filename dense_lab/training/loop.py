@@ -14,9 +14,10 @@ from torch import Tensor
 from dense_lab import registry as registries
 from dense_lab.components import Data
 from dense_lab.corpus import Corpus
+from dense_lab.counting import check_sizes, count
 from dense_lab.errors import InputError, MachineError
 from dense_lab.files import last_line
-from dense_lab.model import LanguageModel, check_sizes, count
+from dense_lab.model import LanguageModel
 from dense_lab.study import RunSpec, plugins_used
 from dense_lab.training import checkpoint, provenance
 from dense_lab.training.checkpoint import Progress

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dense_lab import presets, registry
+from dense_lab.counting import count
 from dense_lab.errors import InputError
-from dense_lab.model import ModelSpec, count
+from dense_lab.model import ModelSpec
 
 SIZES = {
     "gau-retnet-350m": (32_000, 362_595_840),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dense_lab.budget import parameters
+from dense_lab.counting import count
 from dense_lab.errors import InputError
-from dense_lab.model import count
 from tests.spec.studies import complaint, of, study
 
 ARMS = "model: {depth: 2, core: {choice: [retnet, gau_retnet, mamba]}, dense: {span: {choice: [0, 2]}}}\n"

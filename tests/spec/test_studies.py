@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from dense_lab.components import Spec
+from dense_lab.counting import count
 from dense_lab.dense import DenseSpec
-from dense_lab.model import BlockSpec, ModelSpec, count
+from dense_lab.model import BlockSpec, ModelSpec
 from dense_lab.space import Study
 from dense_lab.space_frozen import leaves
 from dense_lab.study import METRICS, BudgetSpec, Objective, SearchSpec, StudySpec, TrainSpec

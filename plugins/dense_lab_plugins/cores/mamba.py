@@ -85,6 +85,8 @@ class MambaModule(CoreModule):
 
     def reset_parameters(self) -> None:
         """A = -(1, ..., N), D = 1, dt log-uniform in [dt_min, dt_max] (arXiv 2312.00752, section 3.6); torch's conv."""
+        if self.A_log.is_meta:
+            return  # Nothing to set, and torch would import its compiler for the arithmetic: seconds.
         sizes = torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device)
         with torch.no_grad():
             self.A_log.copy_(sizes.double().log().expand_as(self.A_log))

@@ -24,14 +24,15 @@ class Attention(Fusion):
 
     def build(self, x_width: int, width: int, sources: int) -> FusionModule:
         """Two bias-free maps width -> head_width."""
-        return _AttentionModule(width, self.head_width)
+        return _AttentionModule(width, self.head_width, sources)
 
 
 class _AttentionModule(FusionModule):
-    def __init__(self, width: int, head_width: int):
+    def __init__(self, width: int, head_width: int, sources: int):
         super().__init__()
         self.query = nn.Linear(width, head_width, bias=False)
         self.key = nn.Linear(width, head_width, bias=False)
+        self.key.applications = sources
         self.key_norm = nn.RMSNorm(width, eps=1e-6)
 
     def reset_parameters(self) -> None:
