@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,6 +15,9 @@ from pydantic import ValidationError
 from dense_lab import registry as registries
 from dense_lab import space_frozen as frozen
 from dense_lab import space_tree as trees
+from dense_lab.ablation import arms
+from dense_lab.ablation import frozen as arm_meanings
+from dense_lab.ablation.arms import Ablation, Arm
 from dense_lab.errors import InputError, Problem, did_you_mean
 from dense_lab.registry import Registry
 from dense_lab.space_parse import open_tree
@@ -45,6 +49,8 @@ class Study:
     registry: Registry
     root: Table
     """The open tree."""
+    ablation: Ablation | None = None
+    """Its arms, if it compares some; nothing is searched over then."""
 
     @classmethod
     def load(
@@ -64,7 +70,8 @@ class Study:
         _check_version(draft)
         draft.tree.setdefault("name", path.stem if path is not None else "run")
         root = open_tree(draft.tree, draft, registry)
-        return cls("", draft.tree, SearchSpec(), None, document, registry, root)._checked()
+        study = cls("", draft.tree, SearchSpec(), None, document, registry, root)
+        return arms.expanded(study, draft) if arms.wanted(draft.tree) else study._checked()
 
     def _checked(self) -> Study:
         """This study with what does not vary filled in; raises InputError with every problem of every closing."""
@@ -83,6 +90,11 @@ class Study:
         if spec.search.sampler == "grid" and study.space:
             study.grid()
         return study
+
+    def validated(self, params: Mapping[str, Any]) -> StudySpec:
+        """What the study says at a point, before any budget is solved; raises InputError with every problem."""
+        origins: Origins = {}
+        return self._validated(trees.close(self.root, _lookup(params), origins), origins)
 
     def _validated(self, closed: Any, origins: Origins) -> StudySpec:
         try:
@@ -103,11 +115,28 @@ class Study:
 
     @property
     def space(self) -> list[Parameter]:
-        """Every parameter, conditional ones included; empty for a single run."""
-        return trees.parameters(self.root)
+        """Every parameter, conditional ones included; empty for a single run and for an ablation."""
+        return [] if self.ablation else trees.parameters(self.root)
+
+    def arms(self) -> list[Arm]:
+        """The architectures that an ablation compares, in the order of the file; empty for other studies."""
+        return list(self.ablation.arms) if self.ablation else []
+
+    def cell(self, arm: str, seed: int, values: Mapping[str, float] = MappingProxyType({})) -> RunSpec:
+        """The run of one arm with one seed, its budget solved; `values` are tuned ones, such as `train.lr`.
+
+        Raises InputError for an arm that is none, and when nothing meets the budget.
+        """
+        if self.ablation is None:
+            raise InputError(f"study {self.name!r} has no arms")
+        run = self.ablation.arm(arm).run
+        train = run.train.model_copy(update={path.removeprefix("train."): value for path, value in values.items()})
+        return run.model_copy(update={"seed": seed, "train": train})
 
     def size(self) -> int | None:
-        """Number of points, or None when there are infinitely many."""
+        """Number of points, or None when there are infinitely many; cells of an ablation."""
+        if self.ablation:
+            return len(self.ablation.arms) * len(self.ablation.spec.seeds)
         return trees.size(self.root)
 
     def grid(self) -> list[Point]:
@@ -119,7 +148,9 @@ class Study:
             raise InputError(Problem(error.problems[0].message, "search.sampler", place)) from None
 
     def covering(self) -> list[Point]:
-        """Few points that between them meet every option of every choice and both ends of every range."""
+        """Few points that between them meet every option of every choice and both ends of every range, or every arm."""
+        if self.ablation:
+            return [{"arm": arm.name, "seed": self.ablation.spec.seeds[0]} for arm in self.ablation.arms]
         return trees.cover(self.root)
 
     def close(self, suggest: Callable[[Parameter], Any]) -> RunSpec:
@@ -142,6 +173,8 @@ class Study:
 
     def point(self, params: Mapping[str, Any]) -> RunSpec:
         """The run at a point, such as the stored parameters of a trial; raises InputError when it is none of ours."""
+        if self.ablation and "arm" in params:
+            return self.cell(params["arm"], params["seed"])
         asked = set()
 
         def pick(parameter: Parameter) -> Any:
@@ -155,6 +188,9 @@ class Study:
 
     def leaves(self, run: RunSpec, params: Mapping[str, Any]) -> dict[str, Any]:
         """Every single value of `run`, the one at `params`, by dotted path: what `--set` takes and MLflow shows."""
+        if self.ablation and "arm" in params:
+            arm = self.ablation.arm(params["arm"])
+            return arm.study.leaves(run, arm.point)
         origins: Origins = {}
         trees.close(self.root, _lookup(params), origins)
         return frozen.by_path(run.model_dump(mode="json"), origins)
@@ -166,7 +202,7 @@ class Study:
         number = self.size()
         found: dict[str, Problem] = {}
         seen = set()
-        for point in self.grid() if number is not None and number <= _SIZED_IN_FULL else self.covering():
+        for point in self.grid() if number is not None and number <= _SIZED_IN_FULL and not self.ablation else self.covering():
             try:
                 model = self.point(point).model
                 if (text := model.model_dump_json()) in seen:
@@ -177,7 +213,7 @@ class Study:
                     raise InputError(f"a model has at most {DEEPEST} blocks, got {depth}")
                 check_sizes(model, vocab_size=256)
             except InputError as error:
-                chosen = ", ".join(f"{path}={value}" for path, value in point.items() if path.startswith("model"))
+                chosen = ", ".join(f"{path}={value}" for path, value in point.items() if path.startswith(("model", "arm")))
                 for p in error.problems:
                     text = f"{p.message} (at {chosen})" if chosen else p.message
                     where = p.where or self._place("model")
@@ -187,6 +223,8 @@ class Study:
 
     def resolved(self) -> dict[str, Any]:
         """What the study means, defaults written out, as JSON: parameters, fixed values, search, budget, plugins."""
+        if self.ablation:
+            return {"grammar": GRAMMAR, "parameters": []} | arm_meanings.resolved(self.ablation, self.registry)
         found: list[dict[str, Any]] = []
         plugins: dict[str, str] = {}
         for point in self.covering():
@@ -206,21 +244,21 @@ class Study:
 
     def digest(self) -> str:
         """First 12 hex digits of the sha256 over what the study means; its name and resources are left out."""
-        text = json.dumps(self.resolved(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return _digest(self.resolved())
 
     def freeze(self) -> dict[str, Any]:
         """What is kept of a study when it is created, for `check_frozen`: a JSON mapping."""
         resolved = self.resolved()
-        objective = resolved["search"]["objective"]
-        return {**resolved, "name": self.name, "objective": objective, "digest": self.digest()}
+        objective = self.search.model_dump(mode="json")["objective"]
+        return {**resolved, "name": self.name, "objective": objective, "digest": _digest(resolved)}
 
     def check_frozen(self, manifest: Mapping[str, Any]) -> None:
         """Raise InputError when trials of this study and of the one that `freeze` described would not be alike.
 
-        The number of trials, the sampler, its seed and the pruner may change.
+        The number of trials, the sampler, its seed and the pruner may change; arms and seeds may be added.
         """
-        found = frozen.differences(manifest, self.freeze(), self.name)
+        now = self.freeze()
+        found = frozen.differences(manifest, now, self.name) + arm_meanings.differences(manifest, now, self.name)
         if found:
             raise InputError(replace(p, where=self._place(p.path)) for p in found)
 
@@ -230,6 +268,10 @@ class Study:
         while path and path not in nodes:
             path = path.rpartition(".")[0]
         return nodes[path].where if path in nodes else self.root.where
+
+
+def _digest(resolved: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _line(problem: Problem) -> list[int]:

@@ -54,39 +54,49 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> li
     if old.get("grammar") != new["grammar"]:
         text = f"study {name!r} has grammar {old.get('grammar')}, this is {new['grammar']}: give it a new name"
         return [Problem(text, "dense_lab")]
+    if ("arms" in old) != ("arms" in new):
+        was, now = ("an ablation", "a search") if "arms" in old else ("a search", "an ablation")
+        return [Problem(f"study {name!r} began as {was} and is {now} now: give it a new name", "name")]
     before, after = _said(old), _said(new)
+    return [Problem(difference(p, before.get(p), after.get(p), name), p) for p in topmost(before, after)]
+
+
+def topmost(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The dotted paths at which two mappings differ; below a choice that changed, everything did."""
     changed = [path for path in sorted(before.keys() | after.keys()) if before.get(path) != after.get(path)]
-    # Below a choice that changed, everything did.
-    topmost = [path for path in changed if not any(path.startswith(f"{above}.") for above in changed)]
-    return [Problem(_difference(path, before.get(path), after.get(path), name), path) for path in topmost]
+    return [path for path in changed if not any(path.startswith(f"{above}.") for above in changed)]
 
 
 def _said(manifest: Mapping[str, Any]) -> dict[str, str]:
     """What a manifest says of each dotted path, in the words of the grammar."""
-    said = {path: _value(value) for path, value in manifest.get("fixed", {}).items()}
+    said = {f"plugin {plugin}": version for plugin, version in manifest.get("plugins", {}).items()}
+    if "arms" in manifest:
+        return said
+    said |= {path: in_words(value) for path, value in manifest.get("fixed", {}).items()}
     said |= {entry["path"]: _open_value(entry) for entry in manifest.get("parameters", [])}
-    said |= {f"budget.{path}": _value(value) for path, value in manifest.get("budget", {}).items()}
-    said |= {f"plugin {plugin}": version for plugin, version in manifest.get("plugins", {}).items()}
-    return said | {"search.objective": _value(manifest.get("objective", []))}
+    said |= {f"budget.{path}": in_words(value) for path, value in manifest.get("budget", {}).items()}
+    return said | {"search.objective": in_words(manifest.get("objective", []))}
 
 
-def _value(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """A value as YAML would have it."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_value(item)}" for key, item in value.items() if item is not None) + "}"
+        return "{" + ", ".join(f"{key}: {in_words(item)}" for key, item in value.items() if item is not None) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_value, value)) + "]"
+        return "[" + ", ".join(map(in_words, value)) + "]"
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _open_value(entry: Mapping[str, Any]) -> str:
     if entry["type"] == "choice":
-        return _value({"choice": entry["labels"]})
+        return in_words({"choice": entry["labels"]})
     log = {"log": True} if entry["log"] else {}
     step = {"step": entry["step"]} if entry.get("step", 1) != 1 else {}
-    return _value({entry["type"]: [entry["low"], entry["high"]], **log, **step})
+    return in_words({entry["type"]: [entry["low"], entry["high"]], **log, **step})
 
 
-def _difference(path: str, before: str | None, after: str | None, name: str) -> str:
+def difference(path: str, before: str | None, after: str | None, name: str) -> str:
+    """What to say of a path at which two studies differ."""
     text = f"{before or 'absent'} when study {name!r} began, {after or 'absent'} now"
     if path.startswith("plugin "):
         return f"{text}: install that version again, or give the study a new name"

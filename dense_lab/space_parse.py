@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any, Protocol
 
+from dense_lab.ablation.spec import KEYS as ABLATION
 from dense_lab.errors import InputError, Problem, did_you_mean
 from dense_lab.registry import Registry
 from dense_lab.space_problems import got
@@ -18,8 +19,8 @@ from dense_lab.units import number
 At = tuple[str | int, ...]
 OPEN = {"choice": {"choice"}, "int": {"int", "log", "step"}, "float": {"float", "log"}}
 """The keys that make a mapping an open value, and the keys that such a mapping may have."""
-CLOSED = ("dense_lab", "name", "budget", "search")
-"""Keys of a study that say how to search, and so cannot be searched over."""
+CLOSED = ("dense_lab", "name", "budget", "search", *ABLATION)
+"""Keys of a study that say how to search or compare, and so cannot be searched over."""
 
 
 class Places(Protocol):
@@ -164,7 +165,7 @@ class _Parser:
                 continue
             node = self.node(option, shape, _join(place["path"], name), here)
             named[name] = replace(node, fork=place["path"])
-        return Fork(**place, options={name: named[name] for name in sorted(named, key=label_order)})
+        return Fork(**place, options={name: named[name] for name in sorted(named, key=label_order)}, written=tuple(named))
 
     def _refuse(self, place: dict[str, str], message: str) -> Leaf:
         self.problems.append(Problem(message, place["path"], place["where"]))

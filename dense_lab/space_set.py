@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -56,15 +57,50 @@ class Draft:
         for path, text in sorted(overrides, key=lambda pair: pair[0] != _PRESET):
             try:
                 if path != _PRESET:
-                    self._expand()
+                    self.expand()
                 self._override(path, text)
             except InputError as error:
                 found.extend(error.problems)
         if found:
             raise InputError(found)
-        self._expand()
+        self.expand()
 
-    def _expand(self) -> None:
+    def branch(self, without: Collection[str]) -> Draft:
+        """A copy to be changed apart, without some keys of the study."""
+        kept = Document(
+            self._document.name,
+            {key: value for key, value in self.tree.items() if key not in without},
+            "",
+            {at: where for at, where in self._values.items() if not at or at[0] not in without},
+            {at: where for at, where in self._keys.items() if at[0] not in without},
+        )
+        return Draft(kept, self.registry)
+
+    def below(self, at: At) -> Draft:
+        """The places at and below `at` alone."""
+        values, keys = (
+            {place: where for place, where in places.items() if place[: len(at)] == at}
+            for places in (self._values, self._keys)
+        )
+        return Draft(Document(self._document.name, {}, "", values, keys), self.registry)
+
+    def put(self, path: str, value: Any, source: Draft, at: At) -> None:
+        """Put `value`, which stands at `at` of `source`, where `path` says, over what stands there.
+
+        A preset starts the model over: what the study says of it besides is forgotten.
+        """
+        if path == _PRESET:
+            self.tree["model"] = {}
+        else:
+            self.expand()
+        try:
+            here = self._set(path, copy.deepcopy(value), source.where(at))
+        except InputError as error:
+            raise InputError(replace(p, path=path, where=p.where or source.key(at)) for p in error.problems) from None
+        for mine, theirs in ((self._values, source._values), (self._keys, source._keys)):
+            mine.update({here + place[len(at) :]: theirs[place] for place in theirs if place[: len(at)] == at})
+
+    def expand(self) -> None:
         """Write presets out."""
         try:
             self.tree = presets.expand(self.tree, self.registry)
@@ -79,8 +115,8 @@ class Draft:
         except InputError as error:
             raise error.located(flag) from None
 
-    def _set(self, path: str, value: Any, flag: str) -> None:
-        """Walk to the place that `path` names, making mappings on the way, and put `value` there."""
+    def _set(self, path: str, value: Any, flag: str) -> At:
+        """Walk to the place that `path` names, making mappings on the way, and put `value` there; returns the place."""
         at: At = ()
         node, shape = self.tree, ROOT
         names, whole = _DOT.split(path), _DOT.split(path)
@@ -93,12 +129,13 @@ class Draft:
             last = step[-1]
             if not names:
                 self._put(node, last, value, shape, (*at, last), flag)
-                return
+                return (*at, last)
             if isinstance(node, dict) and last not in node:
                 # What is not written is its default, of which `path` changes a part.
                 node[last] = shape.default if shape.slot and isinstance(shape.default, str) else {}
                 self._forget((*at, last), flag)
             at, node = (*at, last), node[last]
+        return at
 
     def _opened(self, node: Any, shape: Shape, at: At) -> Any:
         """`node` as something that has keys: a bare name becomes a mapping, the options of a choice get their names."""
@@ -132,6 +169,10 @@ class Draft:
         """Take names off the front of `names`; gives the keys that lead one place down, and its shape."""
         name = names.pop(0)
         if isinstance(node, dict) and isinstance(node.get("choice"), dict):
+            if len(only := keys(node["choice"])) == 1 and name != only[0]:
+                # Where one option is left, it need not be named.
+                names.insert(0, name)
+                name = only[0]
             return ("choice", _option(node["choice"], name, names, said)), shape
         if isinstance(node, list):
             return (_index(node, name),), shape.child(node, int(name), self.registry)

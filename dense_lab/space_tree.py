@@ -136,6 +136,8 @@ class Fork(Node):
     """A choice. One with a single option is no parameter, but its label still enters the paths below it."""
 
     options: dict[str, Node]
+    written: tuple[str, ...] = ()
+    """The labels in the order of the file."""
 
     @property
     def parameter(self) -> Choice:

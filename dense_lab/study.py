@@ -12,30 +12,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from dense_lab.ablation.spec import AblationSpec
 from dense_lab.budget_spec import BudgetSpec as BudgetSpec
 from dense_lab.components import Component, DataSlot, Spec
 from dense_lab.errors import did_you_mean
+from dense_lab.metric_names import CURVES
+from dense_lab.metric_names import METRICS as METRICS
 from dense_lab.model import ModelSpec
 from dense_lab.registry import Registry
 from dense_lab.units import Count, Fraction, NonNegative, Positive, Size
 
 GRAMMAR: Literal[1] = 1
 """Version of the study grammar, the value of the key `dense_lab`."""
-CURVES = ("valid/loss", "valid/accuracy", "train/loss")
-"""Metrics known at every evaluation, by which a trial may be pruned."""
-METRICS = (
-    *CURVES,
-    "valid/loss_best",
-    "tokens_per_second",
-    "step_seconds",
-    "peak_memory_bytes",
-    "parameters",
-    "embedding_parameters",
-    "flops_per_token",
-    "state_bytes",
-    "seconds",
-)
-"""Metrics that a search may go by; the test split is not among them."""
 
 
 class TrainSpec(Spec):
@@ -176,7 +164,7 @@ class SearchSpec(Spec):
         return self
 
 
-class StudySpec(RunSpec):
+class StudySpec(AblationSpec, RunSpec):
     """A study, closed at one point: a run, and how it was found."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
