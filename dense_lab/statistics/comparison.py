@@ -88,7 +88,7 @@ def compare(
     Raises InputError for a baseline without an arm of its name, or levels outside (0, 1).
     """
     check_levels(alpha, power)
-    known = {arm: _finite(cells) for arm, cells in values.items()}
+    known = {arm: finite(cells) for arm, cells in values.items()}
     pairs = paired_differences(known, baseline)
     tested = [arm for arm, found in pairs.items() if len(found) >= 2]
     asked = _Asked(direction, alpha, correction, smallest_effect, power, max(len(tested), 1))
@@ -101,7 +101,7 @@ def compare(
         elif arm in tests:
             verdicts.append(_row(arm, cells, pairs[arm], tests[arm], adjusted[arm], asked))
         else:
-            verdicts.append(_untested(arm, cells, pairs[arm], alpha))
+            verdicts.append(untested_row(arm, cells, pairs[arm], alpha))
     return Comparison(baseline, metric, direction, alpha, correction, tuple(verdicts))
 
 
@@ -166,8 +166,8 @@ def _row(
     return ArmVerdict(
         arm=arm,
         seeds=seeds,
-        mean=_mean(cells),
-        mean_interval=_mean_interval(cells, asked.alpha),
+        mean=own_mean(cells),
+        mean_interval=own_interval(cells, asked.alpha),
         difference=mean,
         t_interval=t_interval(mean, float(test.error), threshold),
         bca_interval=bca_interval(sample, asked.level),
@@ -202,29 +202,33 @@ def effect_size(mean: float, sd: float) -> float:
 
 def baseline_row(arm: str, cells: Mapping[int, float], alpha: float) -> ArmVerdict:
     """The baseline beside itself."""
-    interval = _mean_interval(cells, alpha)
+    interval = own_interval(cells, alpha)
     return ArmVerdict(
-        arm, len(cells), _mean(cells), interval, 0.0, (0.0, 0.0), (0.0, 0.0), 0.0, 1.0, 1.0, "baseline", NAN
+        arm, len(cells), own_mean(cells), interval, 0.0, (0.0, 0.0), (0.0, 0.0), 0.0, 1.0, 1.0, "baseline", NAN
     )
 
 
-def _untested(arm: str, cells: Mapping[int, float], sample: Floats, alpha: float) -> ArmVerdict:
+def untested_row(arm: str, cells: Mapping[int, float], sample: Floats, alpha: float) -> ArmVerdict:
+    """An arm with too few pairs to test."""
     difference = float(sample.mean()) if len(sample) else NAN
     return ArmVerdict(
-        arm, len(sample), _mean(cells), _mean_interval(cells, alpha), difference, NOWHERE, NOWHERE, NAN, NAN, NAN,
+        arm, len(sample), own_mean(cells), own_interval(cells, alpha), difference, NOWHERE, NOWHERE, NAN, NAN, NAN,
         "underpowered", NAN,
     )  # fmt: skip
 
 
-def _finite(cells: Mapping[int, float]) -> dict[int, float]:
+def finite(cells: Mapping[int, float]) -> dict[int, float]:
+    """Without what is missing."""
     return {seed: float(value) for seed, value in cells.items() if value is not None and math.isfinite(value)}
 
 
-def _mean(cells: Mapping[int, float]) -> float:
+def own_mean(cells: Mapping[int, float]) -> float:
+    """Over all seeds of the arm."""
     return float(np.mean(list(cells.values()))) if cells else NAN
 
 
-def _mean_interval(cells: Mapping[int, float], alpha: float) -> tuple[float, float]:
+def own_interval(cells: Mapping[int, float], alpha: float) -> tuple[float, float]:
+    """t interval of the arm's own mean."""
     if len(cells) < 2:
         return NOWHERE
     sample = np.array(list(cells.values()), dtype=np.float64)
