@@ -123,9 +123,47 @@ def test_evaluation_does_not_depend_on_the_batch_size_and_is_not_training_text()
     assert len(examples) == 900
 
 
+def test_a_mixture_has_rows_of_every_size_by_share() -> None:
+    spec = MQAR(mixture=[{"seq_len": 16, "pairs": 2, "share": 3}, {"seq_len": 32, "pairs": 8}], vocab=64, blanks="zero")
+    batch = next(spec.prepare().train_batches(4000, seed=0))
+    assert batch.inputs.shape == (4000, 32)
+    pairs = (batch.targets != IGNORED).sum(1).numpy()
+    assert set(pairs) == {2, 8}
+    assert abs((pairs == 2).sum() - 3000) < 6 * (4000 * 0.75 * 0.25) ** 0.5
+    for number, length in ((2, 16), (8, 32)):
+        rows = pairs == number
+        check(batch.inputs[rows][:, :length].numpy(), batch.targets[rows][:, :length].numpy(), number, 64)
+        assert not batch.inputs[rows][:, length:].any()
+        assert (batch.targets[rows][:, length:] == IGNORED).all()
+
+
+def test_a_test_asks_every_size_equally_often_at_its_own_length() -> None:
+    tests = [{"seq_len": 16, "pairs": 4}, {"seq_len": 64, "pairs": 16}]
+    batches = list(MQAR(seq_len=32, pairs=2, tests=tests, vocab=100).prepare().eval_batches("test", 7, 64 * 20))
+    lengths = [batch.inputs.shape[1] for batch in batches for _ in batch.inputs]
+    assert lengths == [16] * 40 + [64] * 10
+    for batch in batches:
+        check(batch.inputs.numpy(), batch.targets.numpy(), batch.inputs.shape[1] // 4, 100)
+
+
+def test_keys_are_uniform_and_all_pairs_of_keys_are_met() -> None:
+    inputs = next(MQAR(seq_len=8, pairs=2, vocab=10).prepare().train_batches(24_000, seed=0)).inputs.numpy()
+    counts = np.bincount(inputs[:, 0] * 5 + inputs[:, 2], minlength=25).reshape(5, 5)[1:, 1:]
+    assert not np.diag(counts).any()
+    # Twelve ordered pairs of four keys; six standard deviations of a binomial count.
+    others = counts[~np.eye(4, dtype=bool)]
+    assert np.abs(others - 2000).max() < 6 * (24_000 / 12 * 11 / 12) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"seq_len": 63}, "even seq_len"), ({"pairs": 17}, "at least 68"), ({"vocab": 64}, "vocab must be above")],
+    [
+        ({"seq_len": 63}, "even seq_len"),
+        ({"pairs": 17}, "at least 68"),
+        ({"vocab": 64}, "vocab must be above"),
+        ({"tests": [{"seq_len": 10, "pairs": 3}]}, "at least 12"),
+        ({"pairs": 2, "mixture": [{"seq_len": 16, "pairs": 2}]}, "leave out"),
+    ],
 )
 def test_sizes_that_do_not_fit(wrong: dict[str, int], said: str) -> None:
     with pytest.raises(ValidationError, match=said):

@@ -1,4 +1,4 @@
-"""Multi-query associative recall. Letters: B batch, T tokens, V vocabulary, S query slots."""
+"""Multi-query associative recall. Letters: V vocabulary, S query slots."""
 
 from __future__ import annotations
 
@@ -10,14 +10,33 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from dense_lab.components import Data
-from dense_lab.corpus import IGNORED, Batch, Corpus
+from dense_lab.components import Data, Spec
+from dense_lab.corpus import IGNORED, Batch, Corpus, Split
 from dense_lab.units import Count, Positive
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 _STREAMS = {"train": 0, "valid": 1, "test": 2}
 _BLOCK = 256
 """Rows of validation and test that are made at once."""
+
+
+class Rows(Spec):
+    """Rows of one size."""
+
+    seq_len: Count
+    """Tokens of a row; even."""
+    pairs: Count
+    """Key-value pairs of a row; at most a quarter of seq_len."""
+    share: Positive = 1.0
+    """How often such rows are trained on, relative to the others."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.seq_len % 2 or self.pairs * 4 > self.seq_len:
+            raise ValueError(
+                f"{self.pairs} pairs need an even seq_len of at least {self.pairs * 4}, got {self.seq_len}"
+            )
+        return self
 
 
 class MQAR(Data):
@@ -38,6 +57,11 @@ class MQAR(Data):
     """Tokens of a row; even."""
     pairs: Count = 4
     """Key-value pairs of a row; at most a quarter of seq_len."""
+    mixture: tuple[Rows, ...] = ()
+    """Training and validation rows of several sizes instead of one. Every batch mixes them by share; short rows end in
+    unscored zeros, behind the row's own tokens."""
+    tests: tuple[Rows, ...] = ()
+    """Sizes that the test asks, equally many rows of each; by default those of the training."""
     vocab: Annotated[Count, Field(ge=6)] = 8192
     """V: token 0 is blank, keys are below V/2, values are not."""
     power: Positive = 0.01
@@ -47,13 +71,17 @@ class MQAR(Data):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.seq_len % 2 or self.pairs * 4 > self.seq_len:
-            raise ValueError(
-                f"{self.pairs} pairs need an even seq_len of at least {self.pairs * 4}, got {self.seq_len}"
-            )
-        if self.vocab <= self.seq_len:
-            raise ValueError(f"vocab must be above seq_len {self.seq_len}, got {self.vocab}")
+        if self.mixture and self.model_fields_set & {"seq_len", "pairs"}:
+            raise ValueError("`mixture` lists the sizes of rows: leave out `seq_len` and `pairs`")
+        longest = max(rows.seq_len for rows in (*self.sizes("train"), *self.sizes("test")))
+        if self.vocab <= longest:
+            raise ValueError(f"vocab must be above seq_len {longest}, got {self.vocab}")
         return self
+
+    def sizes(self, split: Split) -> tuple[Rows, ...]:
+        """Sizes of a split's rows."""
+        trained = self.mixture or (Rows(seq_len=self.seq_len, pairs=self.pairs),)
+        return self.tests or trained if split == "test" else trained
 
     def prepare(self) -> Corpus:
         """Rows are made when they are asked for."""
@@ -69,34 +97,56 @@ class _Rows(Corpus):
     scores_accuracy = True
 
     def __init__(self, spec: MQAR) -> None:
-        self.spec, self.vocab_size, self.seq_len = spec, spec.vocab, spec.seq_len
-        self.fingerprint = hashlib.sha256(f"mqar/1/{spec.model_dump_json()}".encode()).hexdigest()
+        self.spec, self.vocab_size = spec, spec.vocab
+        self.seq_len = max(rows.seq_len for rows in spec.sizes("train"))
+        self.fingerprint = hashlib.sha256(f"mqar/2/{spec.model_dump_json()}".encode()).hexdigest()
 
     def train_batches(self, batch_size: int, seed: int, skip: int = 0) -> Iterator[Batch]:
         """New rows for ever; the generator of batch i is seeded by (seed, i), so that any batch can be made alone."""
         index = skip
         while True:
-            yield self._make(batch_size, (_STREAMS["train"], seed, index))
+            yield self._mixed(batch_size, (_STREAMS["train"], seed, index))
             index += 1
 
     def eval_batches(self, split: Literal["valid", "test"], batch_size: int, tokens: int) -> Iterator[Batch]:
         """Rows from a generator that training never uses; they do not depend on batch_size."""
-        count = max(1, tokens // self.seq_len)
-        blocks = [
-            self._make(min(_BLOCK, count - first), (_STREAMS[split], 0, first)) for first in range(0, count, _BLOCK)
-        ]
-        inputs, targets = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-        for first in range(0, count, batch_size):
-            yield Batch(inputs[first : first + batch_size], targets[first : first + batch_size])
+        sizes = self.spec.sizes(split)
+        # Validation mixes the sizes as training does; a test asks each of them equally often, at its own length.
+        for i, rows in enumerate(sizes if split == "test" else (None,)):
+            length = rows.seq_len if rows else self.seq_len
+            count = max(1, tokens // (length * (len(sizes) if rows else 1)))
+            blocks = []
+            for first in range(0, count, _BLOCK):
+                key, number = (_STREAMS[split], i, first), min(_BLOCK, count - first)
+                blocks.append(
+                    self._make(rows, number, np.random.default_rng(key)) if rows else self._mixed(number, key)
+                )
+            inputs, targets = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+            for first in range(0, count, batch_size):
+                yield Batch(inputs[first : first + batch_size], targets[first : first + batch_size])
 
-    def _make(self, batch_size: int, seed: tuple[int, ...]) -> Batch:
-        spec, generator = self.spec, np.random.default_rng(seed)
-        half = spec.vocab // 2
-        keys = 1 + _distinct(generator, batch_size, half - 1, spec.pairs)
-        values = half + _distinct(generator, batch_size, spec.vocab - half, spec.pairs)
-        shown = 2 * spec.pairs
-        places = shown + 2 * _slots(generator, batch_size, (spec.seq_len - shown) // 2, spec.pairs, spec.power)
-        inputs = np.zeros((batch_size, spec.seq_len), np.int64)
+    def _mixed(self, batch_size: int, seed: tuple[int, ...]) -> Batch:
+        """Rows of all trained sizes, in random order, brought to the length of the longest."""
+        generator, sizes = np.random.default_rng(seed), self.spec.sizes("train")
+        if len(sizes) == 1:
+            return self._make(sizes[0], batch_size, generator)
+        shares = np.array([rows.share for rows in sizes])
+        kinds = generator.choice(len(sizes), size=batch_size, p=shares / shares.sum())
+        inputs = torch.zeros(batch_size, self.seq_len, dtype=torch.int64)
+        targets = torch.full_like(inputs, IGNORED)
+        for kind, rows in enumerate(sizes):
+            places = torch.from_numpy(np.flatnonzero(kinds == kind))
+            if len(places):
+                made = self._make(rows, len(places), generator)
+                inputs[places, : rows.seq_len], targets[places, : rows.seq_len] = made
+        return Batch(inputs, targets)
+
+    def _make(self, rows: Rows, number: int, generator: np.random.Generator) -> Batch:
+        spec, half, shown = self.spec, self.spec.vocab // 2, 2 * rows.pairs
+        keys = 1 + _distinct(generator, number, half - 1, rows.pairs)
+        values = half + _distinct(generator, number, spec.vocab - half, rows.pairs)
+        places = shown + 2 * _slots(generator, number, (rows.seq_len - shown) // 2, rows.pairs, spec.power)
+        inputs = np.zeros((number, rows.seq_len), np.int64)
         targets = np.full_like(inputs, IGNORED)
         inputs[:, 0:shown:2], inputs[:, 1:shown:2] = keys, values
         np.put_along_axis(inputs, places, keys, 1)
@@ -107,13 +157,19 @@ class _Rows(Corpus):
 
 
 def _distinct(generator: np.random.Generator, rows: int, n: int, count: int) -> Integers:
-    """[rows, count] of 0, ..., n-1, none twice in a row: the first steps of a Fisher-Yates shuffle."""
-    deck = np.tile(np.arange(n), (rows, 1))
-    row = np.arange(rows)
-    for i in range(count):
-        j = generator.integers(i, n, size=rows)
-        deck[row, j], deck[:, i] = deck[:, i].copy(), deck[row, j]
-    return deck[:, :count]
+    """[rows, count] of 0, ..., n-1, none twice in a row, all such tuples alike.
+
+    Repeats are drawn again until none is left. Nothing in this tells one value from another, so renaming the values
+    leaves the distribution as it is; renaming takes any tuple to any other, so all are equally likely.
+    """
+    drawn: Integers = generator.integers(n, size=(rows, count))
+    while True:
+        order = np.argsort(drawn, axis=1, kind="stable")
+        ranked = np.take_along_axis(drawn, order, 1)
+        row, rank = np.nonzero(ranked[:, 1:] == ranked[:, :-1])
+        if not len(row):
+            return drawn
+        drawn[row, order[row, rank + 1]] = generator.integers(n, size=len(row))
 
 
 def _slots(generator: np.random.Generator, rows: int, slots: int, count: int, power: float) -> Integers:
