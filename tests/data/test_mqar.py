@@ -139,9 +139,9 @@ def test_a_mixture_has_rows_of_every_size_by_share() -> None:
 
 def test_a_test_asks_every_size_equally_often_at_its_own_length() -> None:
     tests = [{"seq_len": 16, "pairs": 4}, {"seq_len": 64, "pairs": 16}]
-    batches = list(MQAR(seq_len=32, pairs=2, tests=tests, vocab=100).prepare().eval_batches("test", 7, 64 * 20))
+    batches = list(MQAR(seq_len=32, pairs=2, tests=tests, vocab=100).prepare().eval_batches("test", 7, 80 * 20))
     lengths = [batch.inputs.shape[1] for batch in batches for _ in batch.inputs]
-    assert lengths == [16] * 40 + [64] * 10
+    assert lengths == [16] * 20 + [64] * 20
     for batch in batches:
         check(batch.inputs.numpy(), batch.targets.numpy(), batch.inputs.shape[1] // 4, 100)
 

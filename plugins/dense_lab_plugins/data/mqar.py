@@ -113,8 +113,7 @@ class _Rows(Corpus):
         sizes = self.spec.sizes(split)
         # Validation mixes the sizes as training does; a test asks each of them equally often, at its own length.
         for i, rows in enumerate(sizes if split == "test" else (None,)):
-            length = rows.seq_len if rows else self.seq_len
-            count = max(1, tokens // (length * (len(sizes) if rows else 1)))
+            count = max(1, tokens // (sum(row.seq_len for row in sizes) if rows else self.seq_len))
             blocks = []
             for first in range(0, count, _BLOCK):
                 key, number = (_STREAMS[split], i, first), min(_BLOCK, count - first)
