@@ -9,6 +9,7 @@ import pytest
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DENSE_LAB_VERIFY", "off")  # Hundreds of tiny runs need no proof of the same kernels each.
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,6 +17,8 @@ COMMANDS = {
     "check": "Say whether a study is valid, and where it is not.",
     "components": "List the installed components, or one in detail.",
     "show": "What a study means: its space, parameters, FLOPs, state, time. Trains nothing.",
+    "verify": "Compare the operations that a study uses with float64, on this machine.",
+    "tune": "Measure launch parameters of GPU kernels and keep what is faster.",
     "train": "Train one run.",
     "search": "Run a study, or go on with it.",
     "status": "How a study is going.",
@@ -77,9 +79,7 @@ def group(plugins: tuple[Path, ...]) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the `dense-lab` command; exits."""
     try:
-        group.main(args, prog_name="dense-lab", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = group.main(args, prog_name="dense-lab", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
@@ -93,4 +93,5 @@ def main(args: Sequence[str] | None = None) -> None:
     except DenseLabError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    sys.exit(0)
+    # A command's Exit comes back as its code.
+    sys.exit(code if isinstance(code, int) else 0)

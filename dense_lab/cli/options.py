@@ -35,6 +35,13 @@ runs = click.option(
     show_default=True,
     help="Folder that holds one folder for each study. Also $DENSE_LAB_RUNS.",
 )
+allow_unverified = click.option(
+    "--allow-unverified",
+    "allow",
+    flag_value="unverified",
+    default="verified",
+    help="Use operations that `dense-lab verify` finds wrong on this machine, and mark the results.",
+)
 device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -17,10 +17,19 @@ if TYPE_CHECKING:
 @options.study_argument
 @options.overrides
 @options.device
+@options.allow_unverified
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the run [runs/NAME/single].")
 @options.runs
 @options.as_json
-def command(study: Path, overrides: tuple[str, ...], device: str, out: Path | None, runs: Path, as_json: bool) -> None:
+def command(
+    study: Path,
+    overrides: tuple[str, ...],
+    device: str,
+    allow: Literal["verified", "unverified"],
+    out: Path | None,
+    runs: Path,
+    as_json: bool,
+) -> None:
     """Train the one run that STUDY.yaml describes; run it again to go on after an interruption.
 
     Open values must be closed with --set. Use `search` for studies.
@@ -34,7 +43,9 @@ def command(study: Path, overrides: tuple[str, ...], device: str, out: Path | No
     spec = loaded.point({})
     from dense_lab.training import train
     from dense_lab.units import human
+    from dense_lab.verification import ensure
 
+    ensure([spec], device, allow)
     folder = out or runs / loaded.name / "single"
     console = options.console()
 

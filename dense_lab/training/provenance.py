@@ -9,6 +9,7 @@ import subprocess
 
 import torch
 
+from dense_lab import verification
 from dense_lab.corpus import Batch, Corpus
 from dense_lab.model import LanguageModel
 from dense_lab.study import RunSpec
@@ -35,6 +36,7 @@ def chained(digest: str, batch: Batch) -> str:
 
 def tags(spec: RunSpec, plugins: dict[str, str], corpus: Corpus, model: LanguageModel, place: Place) -> dict[str, str]:
     """What describes a run, for filters and for repeating it."""
+    ran: dict[str, str] = getattr(model, "ran", {})
     return {
         "seed": str(spec.seed),
         "spec": spec.digest(plugins),
@@ -43,7 +45,8 @@ def tags(spec: RunSpec, plugins: dict[str, str], corpus: Corpus, model: Language
         "plugins": ",".join(f"{name}={version}" for name, version in plugins.items()),
         "device": place.describe(),
         "dtype": str(place.dtype).removeprefix("torch."),
-        "implementations": ",".join(f"{name}={impl}" for name, impl in sorted(getattr(model, "ran", {}).items())),
+        "implementations": ",".join(f"{name}={impl}" for name, impl in sorted(ran.items())),
+        "kernels.verified": verification.tag(spec, place, ran),
         "host": platform.node(),
         "pid": str(os.getpid()),
         "torch": torch.__version__,

@@ -3,7 +3,7 @@
 Every operation takes and returns its recurrent state explicitly and accepts `impl=`; see `_dispatch` for who runs when.
 """
 
-from dense_lab_kernels._dispatch import ImplementationError, recording, reusing_states, using
+from dense_lab_kernels._dispatch import ImplementationError, recording, reusing_states, using, watching
 from dense_lab_kernels.add_rms_norm import add_rms_norm
 from dense_lab_kernels.causal_conv1d import causal_conv1d
 from dense_lab_kernels.decay_attention import decay_attention
@@ -12,6 +12,8 @@ from dense_lab_kernels.linear_cross_entropy import linear_cross_entropy
 from dense_lab_kernels.rms_norm import rms_norm
 from dense_lab_kernels.rotate import rotate
 from dense_lab_kernels.selective_scan import selective_scan
+from dense_lab_kernels.tune import keep, tune
+from dense_lab_kernels.verify import fingerprint, judge
 
 OPERATIONS = (
     "add_rms_norm",
@@ -32,11 +34,16 @@ __all__ = [
     "causal_conv1d",
     "decay_attention",
     "dense_fuse",
+    "fingerprint",
+    "judge",
+    "keep",
     "linear_cross_entropy",
     "recording",
     "reusing_states",
     "rms_norm",
     "rotate",
     "selective_scan",
+    "tune",
     "using",
+    "watching",
 ]

@@ -13,18 +13,23 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 AUTO = "auto"
 
 _requested: ContextVar[Mapping[str, str]] = ContextVar("dense_lab_kernels_requested", default=MappingProxyType({}))
 _log: ContextVar[dict[str, str] | None] = ContextVar("dense_lab_kernels_log", default=None)
+_watch: ContextVar[dict[str, Call] | None] = ContextVar("dense_lab_kernels_watch", default=None)
 _reuse: ContextVar[bool] = ContextVar("dense_lab_kernels_reuse", default=False)
 
 
@@ -48,6 +53,72 @@ def choose(operation: str, impl: str, verdicts: Mapping[str, str | None]) -> str
     if log is not None:
         log[operation] = wanted
     return wanted
+
+
+class Call(NamedTuple):
+    """A call of an operation, to be made again: arguments by name, tensors copied."""
+
+    operation: str
+    implementation: str
+    arguments: dict[str, Any]
+    gradients: str
+    """"wanted", or "none" where it was made without."""
+
+
+def operation(function: Callable[P, R]) -> Callable[P, R]:
+    """Marks the public function of an operation, so that `watching()` sees its calls."""
+    name, signature = function.__name__, inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        seen = _watch.get()
+        if seen is None:
+            return function(*args, **kwargs)
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        arguments.pop("impl", None)
+        gradients = "wanted" if torch.is_grad_enabled() else "none"
+        key = f"{name} {gradients} {described(arguments)}"
+        copied = copy_of(arguments) if key not in seen else {}
+        with recording() as ran:
+            result = function(*args, **kwargs)
+        if (outer := _log.get()) is not None:
+            outer.update(ran)
+        if copied:
+            seen[key] = Call(name, ran[name], copied, gradients)
+        return result
+
+    return call
+
+
+def described(value: Any) -> str:
+    """Shapes, dtypes and who wants a gradient of the tensors in a (nested) value, and the text of everything else."""
+    if isinstance(value, Tensor):
+        sizes = "x".join(map(str, value.shape))
+        return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]{'*' if value.requires_grad else ''}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={described(item)}" for name, item in value.items())
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(described, value))})"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def copy_of(value: Any) -> Any:
+    """The (nested) value with every tensor copied, strides too; copies want a gradient where the tensors do."""
+    if isinstance(value, Tensor):
+        return _copied(value).requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {name: copy_of(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        items = [copy_of(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if 0 in tensor.stride():
+        return tensor.clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def implementation(operation: str, name: str) -> Callable[..., Any]:
@@ -126,6 +197,17 @@ def recording() -> Iterator[dict[str, str]]:
         yield log
     finally:
         _log.reset(token)
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[dict[str, Call]]:
+    """Yield a dictionary that fills with the calls made within the block, one for each set of shapes and options."""
+    seen: dict[str, Call] = {}
+    token = _watch.set(seen)
+    try:
+        yield seen
+    finally:
+        _watch.reset(token)
 
 
 @contextlib.contextmanager

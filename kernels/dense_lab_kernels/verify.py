@@ -8,19 +8,30 @@ wide for a tensor of n (the 99.9 % quantile of the ratio of two root mean square
 
     verdict = verify("dense_fuse", "triton", {"own": own, "sources": (source,), "weight": weight})
     assert verdict.ok, verdict
+
+    with watching() as calls:
+        model.loss(inputs, targets).backward()
+    verdicts = [judge(call) for call in calls.values()]
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dense_lab_kernels import _tuned
+from dense_lab_kernels._dispatch import Call, copy_of
+
 FACTOR = 2.0  # how much farther from float64 than the plain low-precision reference, by root mean square
 MEASURES = ("rms", "largest")
+Of = Literal["all", "own", "none"]
 
 
 class Verdict(NamedTuple):
@@ -36,6 +47,17 @@ class Verdict(NamedTuple):
     error: float  # that difference; NaN where the tensor holds one
     allowed: float
     ok: bool
+
+    @property
+    def used(self) -> float:
+        """Share of what is allowed; infinite for NaN."""
+        return _used(self.error, self.allowed)
+
+
+def _used(error: float, allowed: float) -> float:
+    if error <= allowed:
+        return error / allowed if allowed else 0.0
+    return error / allowed if allowed and error == error else float("inf")
 
 
 class Deviation(NamedTuple):
@@ -53,31 +75,36 @@ class Deviation(NamedTuple):
 
     @property
     def used(self) -> float:
-        """Share of what is allowed; infinite for NaN."""
-        if self.ok:
-            return self.error / self.allowed if self.allowed else 0.0
-        return self.error / self.allowed if self.allowed and self.error == self.error else float("inf")
+        """See `Verdict.used`."""
+        return _used(self.error, self.allowed)
 
 
 def verify(
-    operation: str, implementation: str, arguments: Mapping[str, Any], options: Mapping[str, Any] | None = None
+    operation: str,
+    implementation: str,
+    arguments: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    of: Of = "all",
 ) -> Verdict:
     """Judge one implementation of one operation on these arguments.
 
     operation: "dense_fuse", ...; implementation: what its `impl=` takes. arguments: its tensors (also nested in tuples)
     by name, with the device, dtypes and shapes to judge; None for what is absent. options: its other keyword arguments.
+    of: the gradients that are compared, see `run_with_gradients`.
 
     Raises ImplementationError when the implementation cannot run these arguments, ModuleNotFoundError for an unknown
     operation.
     """
     public = getattr(importlib.import_module(f"dense_lab_kernels.{operation}"), operation)
 
-    def run(impl: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        return run_with_gradients(lambda **tensors: public(**tensors, **(options or {}), impl=impl), inputs)
+    def run(impl: str, inputs: Mapping[str, Any], **changed: Any) -> dict[str, Tensor]:
+        given = {**(options or {}), **changed, "impl": impl}
+        return run_with_gradients(lambda **tensors: public(**tensors, **given), inputs, of=of)
 
     fast = run(implementation, arguments)
     plain = run("reference", arguments)
-    exact = run("reference", as_dtype(arguments, torch.float64))
+    wide = {name: torch.float64 for name, value in (options or {}).items() if isinstance(value, torch.dtype)}
+    exact = run("reference", as_dtype(arguments, torch.float64), **wide)
     worst = max(deviations(fast, plain, exact), key=lambda deviation: deviation.used)
     given = flat(tuple(arguments.values()))
     return Verdict(
@@ -89,6 +116,44 @@ def verify(
         *worst,
         worst.ok,
     )
+
+
+def judge(call: Call) -> Verdict:
+    """Judge the implementation that a call (of `watching()`) ran, on the call's own arguments."""
+    tensors, options, of = _parts(call)
+    return verify(call.operation, call.implementation, tensors, options, of)
+
+
+def call_again(call: Call) -> dict[str, Tensor]:
+    """Make a call again by the implementation that ran it: results and gradients, see `run_with_gradients`."""
+    tensors, options, of = _parts(call)
+    public = getattr(importlib.import_module(f"dense_lab_kernels.{call.operation}"), call.operation)
+    return run_with_gradients(lambda **given: public(**given, **options, impl=call.implementation), tensors, of=of)
+
+
+def _parts(call: Call) -> tuple[dict[str, Any], dict[str, Any], Of]:
+    """Tensors, other options, and the gradients that the call wanted."""
+    tensors = {name: value for name, value in call.arguments.items() if flat((value,))}
+    options = {name: value for name, value in call.arguments.items() if name not in tensors}
+    return tensors, options, "none" if call.gradients == "none" else "own"
+
+
+def fingerprint(operation: str) -> str:
+    """12 hex digits: the operation's source, all that is shared, and its tuned launch parameters.
+
+    A verdict holds as long as this stays the same.
+    """
+    return hashlib.sha256(f"{_source(operation)} {_tuned.text(operation)}".encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _source(operation: str) -> str:
+    folder = Path(__file__).parent
+    files = sorted([*folder.glob("*.py"), *(folder / operation).glob("*.py")])
+    running = hashlib.sha256("".join(file.name for file in files).encode())
+    for file in files:
+        running.update(file.read_bytes())
+    return running.hexdigest()
 
 
 def deviations(
@@ -127,11 +192,14 @@ def _named(results: Any, name: str) -> dict[str, Tensor]:
 
 
 def as_dtype(inputs: Mapping[str, Any], dtype: torch.dtype, *, keep: Sequence[str] = ()) -> dict[str, Any]:
-    """A detached copy of the (nested) inputs in `dtype`; the names in `keep` and what is no tensor stay as they are."""
-    return {
-        name: value if name in keep else _mapped(value, lambda _, tensor: tensor.detach().to(dtype), name)
-        for name, value in inputs.items()
-    }
+    """A detached copy of the (nested) inputs in `dtype`; the names in `keep` and what is no float stay as they are."""
+
+    def change(_: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+
+    return {name: value if name in keep else _mapped(value, change, name) for name, value in inputs.items()}
 
 
 def _mapped(value: Any, change: Callable[[str, Tensor], Tensor], name: str) -> Any:
@@ -145,9 +213,14 @@ def _mapped(value: Any, change: Callable[[str, Tensor], Tensor], name: str) -> A
 
 
 def run_with_gradients(
-    function: Callable[..., Any], inputs: Mapping[str, Any], upstreams: Sequence[Tensor] | None = None
+    function: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    upstreams: Sequence[Tensor] | None = None,
+    of: Of = "all",
 ) -> dict[str, Tensor]:
     """Call `function(**inputs)`; return its results and the gradient of every tensor among the (nested) inputs.
+
+    of: "own" for the gradients of those inputs only that require one, "none" for no gradients.
 
     The gradients are those of sum(result * upstream) over all results; upstreams are cast to each result's dtype and
     device, None draws them from a fixed seed, so that two calls with equal shapes see the same ones.
@@ -156,16 +229,20 @@ def run_with_gradients(
     leaves: dict[str, Tensor] = {}
 
     def leaf(name: str, tensor: Tensor) -> Tensor:
-        leaves[name] = tensor.detach().clone().requires_grad_()
-        return leaves[name]
+        copied: Tensor = copy_of(tensor).detach()
+        if tensor.is_floating_point() and (of == "all" or (of == "own" and tensor.requires_grad)):
+            leaves[name] = copied.requires_grad_()
+        return copied
 
-    results = _named(function(**{name: _mapped(value, leaf, name) for name, value in inputs.items()}), "output")
+    with torch.set_grad_enabled(of != "none"):
+        results = _named(function(**{name: _mapped(value, leaf, name) for name, value in inputs.items()}), "output")
     if upstreams is None:
         generator = torch.Generator().manual_seed(1234)
         upstreams = [torch.randn(result.shape, generator=generator) for result in results.values()]
-    pairs = zip(results.values(), upstreams, strict=True)
     # A result may depend on no input (the first state of a convolution of width 1 is empty).
-    torch.autograd.backward(*zip(*[(r, u.to(r)) for r, u in pairs if r.requires_grad], strict=True))
+    pairs = [(r, u.to(r)) for r, u in zip(results.values(), upstreams, strict=True) if r.requires_grad]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs, strict=True))
     found = {name: result.detach() for name, result in results.items()}
     return found | {f"d{name}": tensor.grad for name, tensor in leaves.items() if tensor.grad is not None}
 

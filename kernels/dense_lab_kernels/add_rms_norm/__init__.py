@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, triton_verdict
+from dense_lab_kernels._dispatch import choose, operation, triton_verdict
 from dense_lab_kernels.add_rms_norm import reference
 
 __all__ = ["AddRMSNormOutput", "add_rms_norm"]
@@ -32,6 +32,7 @@ class AddRMSNormOutput(NamedTuple):
     normed: Tensor
 
 
+@operation
 def add_rms_norm(
     x: Tensor,
     y: Tensor,

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, implementation, numba_verdict, preferring, triton_verdict
+from dense_lab_kernels._dispatch import choose, implementation, numba_verdict, operation, preferring, triton_verdict
 
 __all__ = ["CausalConv1dOutput", "causal_conv1d"]
 
@@ -27,6 +27,7 @@ class CausalConv1dOutput(NamedTuple):
     final_state: Tensor
 
 
+@operation
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, implementation, numba_verdict, preferring, triton_verdict
+from dense_lab_kernels._dispatch import choose, implementation, numba_verdict, operation, preferring, triton_verdict
 
 __all__ = ["DecayAttentionOutput", "decay_attention"]
 
@@ -34,6 +34,7 @@ class DecayAttentionOutput(NamedTuple):
     final_state: Tensor
 
 
+@operation
 def decay_attention(
     q: Tensor,
     k: Tensor,

@@ -1,7 +1,7 @@
 """How the decay attention kernels are launched: tile sizes by rule, compilation side by side, no search.
 
-The rule was found with `benchmarks/ops_decay_attention.py --sweep`; what it measured is in docs/kernels/LOG.md.
-`using_tiles` overrides it, for measuring.
+The rule was found with `benchmarks/decay_attention_tiles.py`; what it measured is in docs/kernels/LOG.md. `using_tiles`
+overrides it, for measuring; so does what `dense-lab tune` found.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dense_lab_kernels._triton import Launch, launch, power_of_2
+from dense_lab_kernels._tuned import chosen
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Tiles:
                 raise ValueError(f"rows of values and keys must divide rows of scores, and these the chunk: {self}")
 
 
+KERNELS = ("states", "scores", "score_grads", "values", "keys")
+KNOBS = {f"{kernel}.warps": (4, 8) for kernel in KERNELS} | {f"{kernel}.stages": (2, 3, 4) for kernel in KERNELS}
+"""What `dense-lab tune` tries of the tiles."""
+
 _override: ContextVar[Tiles | None] = ContextVar("decay_attention_tiles", default=None)
 
 
@@ -79,6 +84,13 @@ def tiles_for(key_size: int, value_size: int, per_group: int, tokens: int, dtype
     override = _override.get()
     if override is not None:
         return override
+    rule = _rule(key_size, value_size, per_group, tokens, dtype)
+    heads = "shared" if per_group > 1 else "own"
+    sizes = f"K{power_of_2(key_size)} V{power_of_2(value_size)} chunk{rule.chunk}"
+    return chosen("decay_attention", f"{sizes} {heads} keys, {str(dtype).removeprefix('torch.')}", rule, KNOBS)
+
+
+def _rule(key_size: int, value_size: int, per_group: int, tokens: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
         return _float32_tiles(key_size, value_size, tokens)
     # Wide heads have large states and few of them: longer chunks write and read them less often. Narrow heads spend

@@ -4,8 +4,12 @@ The forward keeps one number per row (1 / rms); the backward reads its inputs ag
 owns whole rows. The backward is persistent: each program walks over many rows and holds its share of the weight's
 gradient in registers; a second, small reduction adds the shares, so that the result does not depend on scheduling.
 
-Letters: W width, m sources. With one gate for all sources their gradients are equal: one tensor is written and returned
-for all of them; without a gate it is the gradient of `own` itself.
+Letters: W width, m sources, R width of a gate's bottleneck. Where the gradients of all sources are equal (one gate or
+none, no activation of the streams), one tensor is written and returned for all of them; without a gate it is the
+gradient of `own` itself.
+
+A gate given as a bottleneck is multiplied out before the pass. Large ones are let go and multiplied out again in the
+backward: a product over a few dozen columns costs less than the memory.
 """
 
 from __future__ import annotations
@@ -15,8 +19,6 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -32,163 +34,18 @@ from dense_lab_kernels._triton import (
     sum_rows_launch,
     unsupported_place,
 )
+from dense_lab_kernels._tuned import chosen
+
+from dense_lab_kernels.dense_fuse.reference import Bottleneck
+from dense_lab_kernels.dense_fuse.triton_kernels import backward_kernel, forward_kernel, step_kernel
 
 __all__ = ["dense_fuse", "sm90_cases", "unsupported"]
 
 _OPERATION = "dense_fuse"
 _WIDEST = 16384  # one row must fit in the registers of one program
 _MOST_SOURCES = 16  # the kernels are unrolled over the sources
-
-
-@triton.jit
-def _read(pointer, stride, row, column, mask):
-    return tl.load(pointer + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _write(pointer, width, row, column, mask, value):
-    tl.store(pointer + row[:, None] * width + column[None, :], value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _activate(gate, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        gate = gate * tl.sigmoid(gate)
-    elif ACTIVATION == "sigmoid":
-        gate = tl.sigmoid(gate)
-    return gate
-
-
-@triton.jit
-def _activate_slope(gate, ACTIVATION: tl.constexpr):
-    """The activation and its derivative."""
-    value = gate
-    slope = tl.full(gate.shape, 1.0, tl.float32)
-    if ACTIVATION == "silu":
-        open_ = tl.sigmoid(gate)
-        value = gate * open_
-        slope = open_ + value * (1.0 - open_)
-    elif ACTIVATION == "sigmoid":
-        value = tl.sigmoid(gate)
-        slope = value * (1.0 - value)
-    return value, slope
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _forward(
-    own,
-    sources,  # m pointers
-    gates,  # None, 1 or m pointers
-    weight,
-    out,
-    inverse_rms,  # [rows], fp32
-    own_stride,
-    source_strides,
-    gate_strides,
-    rows,
-    width,
-    eps,
-    GATES: tl.constexpr,  # "none", "shared" or "each"
-    ACTIVATION: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.arange(0, BLOCK_WIDTH)
-    mask = (row < rows)[:, None] & (column < width)[None, :]
-    fused = _read(own, own_stride, row, column, mask)
-    if GATES == "each":
-        for i in tl.static_range(len(sources)):
-            gate = _activate(_read(gates[i], gate_strides[i], row, column, mask), ACTIVATION)
-            fused += gate * _read(sources[i], source_strides[i], row, column, mask)
-    else:
-        total = _read(sources[0], source_strides[0], row, column, mask)
-        for i in tl.static_range(1, len(sources)):
-            total += _read(sources[i], source_strides[i], row, column, mask)
-        if GATES == "shared":
-            total *= _activate(_read(gates[0], gate_strides[0], row, column, mask), ACTIVATION)
-        fused += total
-    if NORM:
-        inverse = 1.0 / tl.sqrt(tl.sum(fused * fused, axis=1) / width + eps)
-        tl.store(inverse_rms + row, inverse, mask=row < rows)
-        scale = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
-        fused = fused * inverse[:, None] * scale[None, :]
-    _write(out, width, row, column, mask, fused)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _backward(
-    grad,
-    own,
-    sources,
-    gates,
-    weight,
-    inverse_rms,
-    d_own,  # written only with NORM; without it, it is grad
-    d_sources,  # like gates
-    d_gates,
-    d_weight,  # [programs, W], fp32: each program's share
-    grad_stride,
-    own_stride,
-    source_strides,
-    gate_strides,
-    rows,
-    width,
-    GATES: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    column = tl.arange(0, BLOCK_WIDTH)
-    inside = column < width
-    share = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-    scale = tl.zeros([BLOCK_WIDTH], tl.float32)
-    if NORM:
-        scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-        mask = (row < rows)[:, None] & inside[None, :]
-        d_fused = _read(grad, grad_stride, row, column, mask)
-        total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-        gate = total
-        slope = total
-        if GATES == "shared":
-            gate, slope = _activate_slope(_read(gates[0], gate_strides[0], row, column, mask), ACTIVATION)
-        if GATES == "shared" or (GATES == "none" and NORM):
-            for i in tl.static_range(len(sources)):
-                total += _read(sources[i], source_strides[i], row, column, mask)
-        if NORM:
-            normed = _read(own, own_stride, row, column, mask)
-            if GATES == "shared":
-                normed += gate * total
-            elif GATES == "none":
-                normed += total
-            else:
-                for i in tl.static_range(len(sources)):
-                    each = _activate(_read(gates[i], gate_strides[i], row, column, mask), ACTIVATION)
-                    normed += each * _read(sources[i], source_strides[i], row, column, mask)
-            inverse = tl.load(inverse_rms + row, mask=row < rows, other=0.0)[:, None]
-            normed *= inverse
-            share += d_fused * normed
-            d_normed = d_fused * scale[None, :]
-            along = tl.sum(d_normed * normed, axis=1) / width
-            d_fused = (d_normed - normed * along[:, None]) * inverse
-            _write(d_own, width, row, column, mask, d_fused)
-        if GATES == "shared":
-            _write(d_sources[0], width, row, column, mask, d_fused * gate)
-            _write(d_gates[0], width, row, column, mask, d_fused * total * slope)
-        if GATES == "each":
-            # Read a second time (from cache) rather than hold 2 m tiles in registers.
-            for i in tl.static_range(len(sources)):
-                source = _read(sources[i], source_strides[i], row, column, mask)
-                each, each_slope = _activate_slope(_read(gates[i], gate_strides[i], row, column, mask), ACTIVATION)
-                _write(d_sources[i], width, row, column, mask, d_fused * each)
-                _write(d_gates[i], width, row, column, mask, d_fused * source * each_slope)
-    if NORM:
-        tl.store(d_weight + tl.program_id(0).to(tl.int64) * width + column, tl.sum(share, axis=0), mask=inside)
+_FEW_ROWS = 64  # up to here launches cost more than work
+_KEPT_GATE = 2**23  # elements of a gate that is kept for the backward rather than multiplied out again
 
 
 class _Blocks(NamedTuple):
@@ -205,7 +62,8 @@ class _Blocks(NamedTuple):
 def _forward_blocks(width: int) -> _Blocks:
     """Four warps up to 4096 columns: many small programs keep more loads under way than few large ones."""
     block = power_of_2(width)
-    return _Blocks(max(1, 1024 // block), block, warps=4 if block <= 4096 else block // 1024)
+    rule = _Blocks(max(1, 1024 // block), block, warps=4 if block <= 4096 else block // 1024)
+    return chosen(_OPERATION, f"forward W{block}", rule, {"rows": (1, 2, 4), "warps": (1, 2, 4, 8)})
 
 
 def _backward_blocks(width: int, row_bytes: int, gates: str) -> _Blocks:
@@ -223,7 +81,17 @@ def _backward_blocks(width: int, row_bytes: int, gates: str) -> _Blocks:
     stages = 3 if gates != "each" and fetched <= 160 * 1024 else 1
     if stages == 1 and rows * block == 4096:
         programs = 2
-    return _Blocks(rows, block, warps, stages, programs, registers=96 if programs == 5 else None)
+    rule = _Blocks(rows, block, warps, stages, programs, registers=96 if programs == 5 else None)
+    return chosen(_OPERATION, f"backward W{block}, gates {gates}", rule, {"stages": (1, 2, 3), "programs": (1, 2, 4)})
+
+
+class _Options(NamedTuple):
+    """What is done with the streams besides adding them."""
+
+    activation: str
+    stream: str
+    scale: float
+    eps: float
 
 
 class _Problem(NamedTuple):
@@ -233,19 +101,31 @@ class _Problem(NamedTuple):
     sources: tuple[Tensor, ...]
     gates: tuple[Tensor, ...]
     weight: Tensor | None
-    activation: str
+    options: _Options
 
     @property
     def flags(self) -> dict[str, Any]:
         """What the kernels are specialised for."""
         kind = "none" if not self.gates else "shared" if len(self.gates) == 1 else "each"
-        return {"GATES": kind, "ACTIVATION": self.activation, "NORM": self.weight is not None}
+        options = self.options
+        return {
+            "GATES": kind,
+            "ACTIVATION": options.activation,
+            "STREAM": options.stream,
+            "NORM": self.weight is not None,
+        }
 
     def backward_blocks(self) -> _Blocks:
         """Launch choices of the backward, whose gradient comes in the dtype of own."""
         width = self.own.shape[1]
         row_bytes = width * sum(t.element_size() for t in (self.own, self.own, *self.sources, *self.gates))
         return _backward_blocks(width, row_bytes, self.flags["GATES"])
+
+    def source_gradients(self, read: bool) -> int:
+        """How many of them are written; `read`: own is read by later layers too, so that its gradient is another."""
+        if self.options.stream != "none" or len(self.gates) > 1:
+            return len(self.sources)
+        return 1 if self.gates or read else 0
 
     @property
     def strides(self) -> tuple[Any, ...]:
@@ -265,107 +145,145 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 
 def _problem(
-    own: Tensor, sources: Sequence[Tensor], gates: Sequence[Tensor], weight: Tensor | None, activation: str
+    own: Tensor, sources: Sequence[Tensor], gates: Sequence[Tensor], weight: Tensor | None, options: _Options
 ) -> _Problem:
     return _Problem(
         _as_rows(own),
         tuple(map(_as_rows, sources)),
         tuple(map(_as_rows, gates)),
         None if weight is None else weight.contiguous(),
-        activation,
+        options,
     )
 
 
-def _forward_launch(problem: _Problem, out: Any, inverse_rms: Any, eps: float) -> Launch:
-    own, sources, gates, weight, _ = problem
+def _forward_launch(problem: _Problem, out: Any, inverse_rms: Any) -> Launch:
+    own, sources, gates, weight, options = problem
     blocks = _forward_blocks(own.shape[1])
-    arguments = (own, sources, gates or None, weight, out, inverse_rms, *problem.strides, eps)
-    options = {"BLOCK_ROWS": blocks.rows, "BLOCK_WIDTH": blocks.width, "num_warps": blocks.warps}
-    return Launch(_forward, arguments, {**problem.flags, **options})
+    arguments = (own, sources, gates or None, weight, out, inverse_rms, *problem.strides, options.eps, options.scale)
+    sizes = {"BLOCK_ROWS": blocks.rows, "BLOCK_WIDTH": blocks.width, "num_warps": blocks.warps}
+    return Launch(forward_kernel, arguments, {**problem.flags, **sizes})
 
 
-def _backward_launch(problem: _Problem, grad: Any, inverse_rms: Any, results: tuple[Any, ...]) -> Launch:
-    own, sources, gates, weight, _ = problem
+def _backward_launch(
+    problem: _Problem, grads: tuple[Any, Any], inverse_rms: Any, results: tuple[Any, ...]
+) -> Launch:
+    """grads: of the result, and of own as later layers read it."""
+    own, sources, gates, weight, options = problem
     blocks = problem.backward_blocks()
-    stride = grad.stride(0) if isinstance(grad, Tensor) else own.shape[1]
+    stride = grads[0].stride(0)
     results = tuple(result or None if isinstance(result, tuple) else result for result in results)
-    arguments = (grad, own, sources, gates or None, weight, inverse_rms, *results, stride, *problem.strides)
-    options = {
+    streams = (*grads, own, sources, gates or None, weight, inverse_rms, *results)
+    sizes = {
         "BLOCK_ROWS": blocks.rows,
         "BLOCK_WIDTH": blocks.width,
         "STAGES": blocks.stages,
         "num_warps": blocks.warps,
         "maxnreg": blocks.registers,
     }
-    return Launch(_backward, arguments, {**problem.flags, **options})
+    return Launch(backward_kernel, (*streams, stride, *problem.strides, options.scale), {**problem.flags, **sizes})
 
 
-def _backward_like(problem: _Problem, out: Tensor, inverse_rms: Tensor | None) -> Iterator[Launch]:
+def _backward_like(problem: _Problem, out: Tensor, inverse_rms: Tensor | None, read: bool) -> Iterator[Launch]:
     """The backward launches to come, with tensors of the same dtypes standing in for those that do not exist yet."""
-    results = (out, problem.sources[: len(problem.gates)], problem.gates, inverse_rms)
-    yield _backward_launch(problem, _as_rows(out), inverse_rms, results)
+    out = _as_rows(out)
+    d_own = out if _writes_own(problem, read) else None
+    results = (d_own, problem.sources[: problem.source_gradients(read)], problem.gates, inverse_rms)
+    for own_grad in (out, None) if read else (None,):  # No layer behind the last one reads it.
+        yield _backward_launch(problem, (out, own_grad), inverse_rms, results)
     if problem.weight is not None:
         yield sum_rows_launch(inverse_rms, problem.weight, *problem.own.shape)
 
 
-def _key(problem: _Problem) -> tuple[Any, ...]:
+def _writes_own(problem: _Problem, read: bool) -> bool:
+    """Whether the gradient of own is another tensor than that of the result."""
+    options = problem.options
+    return problem.weight is not None or options.stream != "none" or options.scale != 1 or read
+
+
+def _key(problem: _Problem, read: bool) -> tuple[Any, ...]:
     """What decides the compiled code; a key too coarse costs one compilation later, nothing else."""
-    own, sources, gates, weight, activation = problem
+    own, sources, gates, weight, options = problem
     width = own.shape[1]
     dtypes = tuple(t.dtype for t in (own, *sources, *gates, *(() if weight is None else (weight,))))
-    return _OPERATION, activation, len(sources), dtypes, power_of_2(width), width % 16 == 0
+    kinds = options.activation, options.stream, read
+    return _OPERATION, kinds, len(sources), dtypes, power_of_2(width), width % 16 == 0
+
+
+class _Streams(NamedTuple):
+    """How the flat list of tensors that travels through autograd is cut: m sources, then gates or a bottleneck."""
+
+    sources: int
+    gate: str  # "factors", or "bottleneck": its hidden numbers and its weight
+    own: str  # "read" by later layers, or "unread"
 
 
 class _DenseFuse(torch.autograd.Function):
-    """Streams travel as one flat list: m sources, then the gates."""
+    """Results: what is fused, and own once more, for later layers."""
 
     @staticmethod
     def forward(
-        ctx: Any, own: Tensor, weight: Tensor | None, activation: str, eps: float, m: int, *streams: Tensor
-    ) -> Tensor:
-        problem = _problem(own, streams[:m], streams[m:], weight, activation)
+        ctx: Any, own: Tensor, weight: Tensor | None, options: _Options, cut: _Streams, *streams: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        gates, narrow = streams[cut.sources :], None
+        if cut.gate == "bottleneck":
+            narrow = torch.nn.functional.silu(_as_rows(gates[0]))
+            factors = (narrow @ gates[1].t(),)
+        problem = _problem(own, streams[: cut.sources], gates if narrow is None else factors, weight, options)
         out = torch.empty_like(own, memory_format=torch.contiguous_format)
         rows, width = problem.own.shape
         inverse_rms = None if weight is None else torch.empty(rows, dtype=torch.float32, device=own.device)
-        blocks = _forward_blocks(width)
-        first = _forward_launch(problem, out, inverse_rms, eps)
+        first, read = _forward_launch(problem, out, inverse_rms), cut.own == "read"
         with torch.cuda.device_of(own):
             if any(ctx.needs_input_grad):
-                compile_once(_key(problem), lambda: [first, *_backward_like(problem, out, inverse_rms)])
-            launch(first.kernel, cdiv(rows, blocks.rows), first.arguments, first.options)
-        ctx.save_for_backward(own, weight, inverse_rms, *streams)
-        ctx.activation, ctx.m = activation, m
-        return out
+                compile_once(_key(problem, read), lambda: [first, *_backward_like(problem, out, inverse_rms, read)])
+            launch(first.kernel, cdiv(rows, first.options["BLOCK_ROWS"]), first.arguments, first.options)
+        kept = problem.gates[0] if narrow is not None and own.numel() <= _KEPT_GATE else None
+        ctx.save_for_backward(own, weight, inverse_rms, narrow, kept, *streams)
+        ctx.options, ctx.cut = options, cut
+        ctx.set_materialize_grads(False)
+        return out, own.view_as(own)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        own, weight, inverse_rms, *streams = ctx.saved_tensors
-        if weight is None and len(streams) == ctx.m:
-            return grad, None, None, None, None, *(grad.to(s.dtype) for s in streams)
-        problem = _problem(own, streams[: ctx.m], streams[ctx.m :], weight, ctx.activation)
-        return _run_backward(problem, grad, inverse_rms, own, streams)
+    def backward(ctx: Any, grad: Tensor | None, own_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        own, weight, inverse_rms, narrow, factors, *streams = ctx.saved_tensors
+        sources, gates = streams[: ctx.cut.sources], streams[ctx.cut.sources :]
+        if grad is None:
+            return own_grad, *(None,) * (3 + len(streams))
+        if narrow is not None:
+            gates = [narrow @ gates[1].t() if factors is None else factors]
+        problem = _problem(own, sources, gates, weight, ctx.options)
+        d_own, d_weight, each, d_gates = _run_backward(problem, (grad, own_grad), inverse_rms, own)
+        if narrow is not None:
+            hidden, weight = streams[-2:]
+            d_narrow = torch.ops.aten.silu_backward(d_gates[0] @ weight, _as_rows(hidden)).view(hidden.shape)
+            d_gates = [d_narrow, d_gates[0].t() @ narrow]
+        found = (d.view(s.shape).to(s.dtype) for d, s in zip([*each, *d_gates], streams, strict=True))
+        return d_own, d_weight, None, None, *found
 
 
 def _run_backward(
-    problem: _Problem, grad: Tensor, inverse_rms: Tensor | None, own: Tensor, streams: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of own, weight, the three plain arguments (None) and the streams."""
+    problem: _Problem, grads: tuple[Tensor, Tensor | None], inverse_rms: Tensor | None, own: Tensor
+) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
+    """Gradients of own, weight, sources and gates."""
     rows, width = problem.own.shape
-    m, gates, norm = len(problem.sources), problem.gates, problem.weight is not None
+    gates, norm, read = problem.gates, problem.weight is not None, grads[1] is not None
+    if not _writes_own(problem, read) and not gates:
+        return grads[0], None, [grads[0]] * len(problem.sources), []
     blocks = problem.backward_blocks()
     programs = min(cdiv(rows, blocks.rows), processors(own.device) * blocks.programs)
-    d_own = torch.empty_like(own, memory_format=torch.contiguous_format) if norm else grad
-    d_sources = tuple(_empty_rows(s) for s in problem.sources[: len(gates)])
+    d_own = torch.empty_like(own, memory_format=torch.contiguous_format) if _writes_own(problem, read) else None
+    d_sources = tuple(_empty_rows(s) for s in problem.sources[: problem.source_gradients(read)])
     d_gates = tuple(_empty_rows(g) for g in gates)
     shares = torch.empty(programs, width, dtype=torch.float32, device=own.device) if norm else None
-    work = _backward_launch(problem, _as_rows(grad), inverse_rms, (d_own, d_sources, d_gates, shares))
+    upstream = (_as_rows(grads[0]), None if grads[1] is None else grads[1].contiguous())
+    work = _backward_launch(problem, upstream, inverse_rms, (d_own, d_sources, d_gates, shares))
     with torch.cuda.device_of(own):
         launch(work.kernel, programs, work.arguments, work.options)
         d_weight = None if shares is None else sum_rows(shares, problem.weight.dtype)
+    d_own = grads[0] if d_own is None else d_own
     written = d_sources or (d_own,)
-    each = [written[i % len(written)] for i in range(m)] + list(d_gates)
-    return d_own, d_weight, None, None, None, *(d.view(s.shape).to(s.dtype) for d, s in zip(each, streams, strict=True))
+    return d_own, d_weight, [written[i % len(written)] for i in range(len(problem.sources))], list(d_gates)
 
 
 def _empty_rows(like: Tensor) -> Tensor:
@@ -375,21 +293,65 @@ def _empty_rows(like: Tensor) -> Tensor:
 def dense_fuse(
     own: Tensor,
     sources: tuple[Tensor, ...],
-    gate: Tensor | tuple[Tensor, ...] | None = None,
+    gate: Tensor | tuple[Tensor, ...] | Bottleneck | None = None,
     weight: Tensor | None = None,
     *,
     activation: str = "none",
+    stream_activation: str = "none",
+    scale: float = 1.0,
     eps: float = 1e-6,
+    returning: str = "fused",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As the public function. Computes in fp32; a bottleneck's gate is rounded to its dtype."""
+    options = _Options(activation, stream_activation, scale, eps)
+    if isinstance(gate, Bottleneck) and _is_step(own, sources, gate, weight):
+        fused, own = _step(own, sources, gate, weight, options), own
+    else:
+        gates = () if gate is None else (gate,) if isinstance(gate, Tensor) else gate
+        kind = "bottleneck" if isinstance(gate, Bottleneck) else "factors"
+        cut = _Streams(len(sources), kind, "read" if returning == "fused and own" else "unread")
+        fused, own = _DenseFuse.apply(own, weight, options, cut, *sources, *gates)
+    return (fused, own) if returning == "fused and own" else fused
+
+
+def _is_step(own: Tensor, sources: Sequence[Tensor], gate: Bottleneck, weight: Tensor | None) -> bool:
+    """Whether these are few rows, with contiguous columns, that no gradient is wanted for."""
+    given = (own, *sources, *gate, *(() if weight is None else (weight,)))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return False
+    return own.numel() <= _FEW_ROWS * own.shape[-1] and own.shape[-1] <= 8192 and gate.hidden.shape[-1] <= 256
+
+
+def _step_blocks(width: int, inner: int) -> tuple[int, int, int]:
+    """Columns of a chunk, columns of the bottleneck, chunks: 32768 weights at once, 128 per thread of 8 warps."""
+    inner = max(power_of_2(inner), 16)
+    block = min(power_of_2(width), 32768 // inner)
+    return block, inner, cdiv(width, block)
+
+
+def _step(
+    own: Tensor, sources: Sequence[Tensor], gate: Bottleneck, weight: Tensor | None, options: _Options
 ) -> Tensor:
-    """[..., W] in own's dtype; arguments as in the public function. Computes in fp32."""
-    gates = () if gate is None else (gate,) if isinstance(gate, Tensor) else gate
-    return _DenseFuse.apply(own, weight, activation, eps, len(sources), *sources, *gates)
+    rows, hidden = _as_rows(own), _as_rows(gate.hidden)
+    streams = tuple(map(_as_rows, sources))
+    width, inner = rows.shape[1], hidden.shape[1]
+    block, block_inner, chunks = _step_blocks(width, inner)
+    out = torch.empty(own.shape, dtype=own.dtype, device=own.device)
+    scratch = None if weight is None else torch.empty(rows.shape, dtype=torch.float32, device=own.device)
+    tensors = (rows, streams, hidden, gate.weight.contiguous(), weight, scratch, out)
+    strides = (rows.stride(0), tuple(s.stride(0) for s in streams), hidden.stride(0))
+    flags = {"ACTIVATION": options.activation, "STREAM": options.stream, "NORM": weight is not None}
+    sizes = {"CHUNKS": chunks, "BLOCK_WIDTH": block, "BLOCK_INNER": block_inner, "num_warps": 8}
+    with torch.cuda.device_of(own):
+        arguments = (*tensors, *strides, width, inner, options.eps, options.scale)
+        launch(step_kernel, len(rows), arguments, {**flags, **sizes})
+    return out
 
 
 def unsupported(
     own: Tensor,
     sources: tuple[Tensor, ...],
-    gate: Tensor | tuple[Tensor, ...] | None = None,
+    gate: Tensor | tuple[Tensor, ...] | Bottleneck | None = None,
     weight: Tensor | None = None,
     **_: Any,
 ) -> str | None:
@@ -400,40 +362,65 @@ def unsupported(
         return f"width must be at most {_WIDEST}, got {own.shape[-1]}"
     if len(sources) > _MOST_SOURCES:
         return f"at most {_MOST_SOURCES} sources, got {len(sources)}"
+    if isinstance(gate, Bottleneck) and gate.hidden.dtype != gate.weight.dtype:
+        return f"a bottleneck's numbers and weight must be of one type, got {gate.hidden.dtype} and {gate.weight.dtype}"
     return unsupported_place(own)
 
 
 def _sm90_case(
-    kind: str, gates: str, width: int, m: int = 1, dtype: str = "bf16", norm: bool = True, activation: str = "silu"
+    kind: str,
+    gates: str,
+    width: int,
+    m: int = 1,
+    dtype: str = "bf16",
+    norm: bool = True,
+    activation: str = "silu",
+    stream: str = "none",
 ) -> Sm90Case:
-    """`kind`: "forward" or "backward"."""
-    stream, size = f"*{dtype}:16", "i32:16"
+    """`kind`: "forward", "backward" or "backward-read"."""
+    pointer, size, absent = f"*{dtype}:16", "i32:16", "constexpr"
     n = {"none": 0, "shared": 1, "each": m}[gates]
-    weight, scratch = (stream, "*fp32:16") if norm else ("constexpr", "constexpr")
-    gate = (stream,) * n or "constexpr"
-    streams = {"own": stream, "sources": (stream,) * m, "gates": gate, "weight": weight}
-    strides = {"own_stride": size, "source_strides": (size,) * m, "gate_strides": (size,) * n or "constexpr"}
-    flags: dict[str, Any] = {"GATES": gates, "ACTIVATION": activation, "NORM": norm}
+    weight, scratch = (pointer, "*fp32:16") if norm else (absent, absent)
+    gate = (pointer,) * n or absent
+    streams = {"own": pointer, "sources": (pointer,) * m, "gates": gate, "weight": weight}
+    strides = {"own_stride": size, "source_strides": (size,) * m, "gate_strides": (size,) * n or absent}
+    flags: dict[str, Any] = {"GATES": gates, "ACTIVATION": activation, "STREAM": stream, "NORM": norm}
+    sizes = {**strides, "rows": "i32", "width": size}
     if kind == "forward":
-        blocks, kernel = _forward_blocks(width), _forward
-        signature = {**streams, "out": stream, "inverse_rms": scratch, **strides, "rows": "i32", "width": size}
-        signature["eps"] = "fp32"
+        blocks, kernel = _forward_blocks(width), forward_kernel
+        signature = {**streams, "out": pointer, "inverse_rms": scratch, **sizes, "eps": "fp32", "scale": "fp32"}
     else:
         row_bytes = width * (2 + m + n) * (4 if dtype == "fp32" else 2)
-        blocks, kernel = _backward_blocks(width, row_bytes, gates), _backward
-        results = {"d_own": stream, "d_sources": gate, "d_gates": gate, "d_weight": scratch}
-        sizes = {"grad_stride": size, **strides, "rows": "i32", "width": size}
-        signature = {"grad": stream, **streams, "inverse_rms": scratch, **results, **sizes}
+        blocks, kernel = _backward_blocks(width, row_bytes, gates), backward_kernel
+        read = pointer if kind == "backward-read" else absent
+        d_own = pointer if norm or stream != "none" else absent
+        d_sources = (pointer,) * m if stream != "none" or n > 1 else gate
+        results = {"d_own": d_own, "d_sources": d_sources, "d_gates": gate, "d_weight": scratch}
+        grads = {"grad": pointer, "own_grad": read}
+        signature = {**grads, **streams, "inverse_rms": scratch, **results, "grad_stride": size, **sizes}
+        signature["scale"] = "fp32"
         flags["STAGES"] = blocks.stages
-    absent = [name for name, kind in signature.items() if kind == "constexpr"]
-    constexprs = {**flags, "BLOCK_ROWS": blocks.rows, "BLOCK_WIDTH": blocks.width, **dict.fromkeys(absent)}
-    signature = {name: kind for name, kind in signature.items() if name not in absent}
-    name = f"{kind}-{gates}{m}-{activation}-{'norm' if norm else 'plain'}-{dtype}-w{blocks.width}"
+    missing = [name for name, type_ in signature.items() if type_ == absent]
+    constexprs = {**flags, "BLOCK_ROWS": blocks.rows, "BLOCK_WIDTH": blocks.width, **dict.fromkeys(missing)}
+    signature = {name: type_ for name, type_ in signature.items() if name not in missing}
+    raw = "" if stream == "none" else f"-{stream}streams"
+    name = f"{kind}-{gates}{m}-{activation}{raw}-{'norm' if norm else 'plain'}-{dtype}-w{blocks.width}"
     return Sm90Case(name, kernel, signature, constexprs, blocks.warps, 3)
 
 
+def _sm90_step(width: int, inner: int) -> Sm90Case:
+    block, block_inner, chunks = _step_blocks(width, inner)
+    pointer, size = "*bf16:16", "i32:16"
+    tensors = {"own": pointer, "sources": (pointer,), "hidden": pointer, "gate_weight": pointer, "weight": pointer}
+    signature = tensors | {"scratch": "*fp32:16", "out": pointer, "own_stride": size, "source_strides": (size,)}
+    signature |= {"hidden_stride": size, "width": size, "inner": size, "eps": "fp32", "scale": "fp32"}
+    flags = {"ACTIVATION": "silu", "STREAM": "silu", "NORM": True}
+    constexprs = {**flags, "CHUNKS": chunks, "BLOCK_WIDTH": block, "BLOCK_INNER": block_inner}
+    return Sm90Case(f"step-w{width}-r{block_inner}", step_kernel, signature, constexprs, 8, 3)
+
+
 def sm90_cases() -> Iterator[Sm90Case]:
-    """Both kernels over widths, numbers of sources, gate forms and dtypes."""
+    """Every kernel over widths, numbers of sources, gate forms and dtypes."""
     for kind in ("forward", "backward"):
         for width, m in product((32, 256, 768, 3072, _WIDEST), (1, 2)):
             yield _sm90_case(kind, "shared", width, m)
@@ -442,3 +429,9 @@ def sm90_cases() -> Iterator[Sm90Case]:
         yield _sm90_case(kind, "shared", 3072, dtype="fp32")
         yield _sm90_case(kind, "shared", 3072, activation="sigmoid")
         yield _sm90_case(kind, "each", 3072, 2, norm=False)
+    for kind in ("forward", "backward", "backward-read"):
+        for width, m in ((768, 1), (3072, 1), (3072, 2)):
+            yield _sm90_case(kind, "shared", width, m, stream="silu")
+    yield _sm90_case("backward-read", "shared", 256)
+    for width, inner in ((256, 8), (768, 48), (3072, 48)):
+        yield _sm90_step(width, inner)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, triton_verdict
+from dense_lab_kernels._dispatch import choose, operation, triton_verdict
 from dense_lab_kernels.linear_cross_entropy import chunked, reference
 
 __all__ = ["linear_cross_entropy"]
@@ -19,6 +19,7 @@ __all__ = ["linear_cross_entropy"]
 _OPERATION = "linear_cross_entropy"
 
 
+@operation
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *, ignored: int = -100, impl: str = "auto"
 ) -> Tensor:

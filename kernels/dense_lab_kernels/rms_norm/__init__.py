@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, triton_verdict
+from dense_lab_kernels._dispatch import choose, operation, triton_verdict
 from dense_lab_kernels.rms_norm import reference
 
 __all__ = ["rms_norm"]
@@ -22,6 +22,7 @@ __all__ = ["rms_norm"]
 _OPERATION = "rms_norm"
 
 
+@operation
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,

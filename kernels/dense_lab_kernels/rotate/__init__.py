@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, triton_verdict
+from dense_lab_kernels._dispatch import choose, operation, triton_verdict
 from dense_lab_kernels.rotate import reference
 
 __all__ = ["rotate"]
@@ -25,6 +25,7 @@ __all__ = ["rotate"]
 _OPERATION = "rotate"
 
 
+@operation
 def rotate(
     x: Tensor,
     *,

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from dense_lab_kernels._checks import Arguments
-from dense_lab_kernels._dispatch import choose, implementation, numba_verdict, preferring, triton_verdict
+from dense_lab_kernels._dispatch import choose, implementation, numba_verdict, operation, preferring, triton_verdict
 
 __all__ = ["ScanSource", "SelectiveScanOutput", "selective_scan"]
 
@@ -49,6 +49,7 @@ class SelectiveScanOutput(NamedTuple):
     source_states: tuple[Tensor, ...]
 
 
+@operation
 def selective_scan(
     u: Tensor,
     dt: Tensor,

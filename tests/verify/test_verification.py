@@ -1,0 +1,160 @@
+"""Kernels are judged before a study uses them: what is right passes and is remembered, what is wrong is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dense_lab import verification
+from dense_lab.cli import main
+from dense_lab.space import Study
+from dense_lab.study import RunSpec
+from dense_lab.training.device import choose_place
+from dense_lab.verification import KernelError, ensure, examine, tag
+from dense_lab_kernels import causal_conv1d, watching
+from dense_lab_kernels.selective_scan import cpu
+
+STUDY = """
+dense_lab: 1
+name: tiny
+data: {kind: mqar, seq_len: 32, pairs: 4, vocab: 64}
+model:
+  width: 16
+  depth: 2
+  core: {choice: [{kind: mamba, state: 4}, {kind: retnet, heads: 2}]}
+train: {tokens: 256, batch_tokens: 128, evaluations: 1, valid_tokens: 128, test_tokens: 0}
+search: {sampler: grid, trials: 2, objective: {minimize: valid/loss}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DENSE_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DENSE_LAB_VERIFY", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+def specs(study: Path) -> list[RunSpec]:
+    loaded = Study.load(study)
+    return [loaded.point(point) for point in loaded.covering()]
+
+
+class Doubled(torch.autograd.Function):
+    """The identity, whose gradient is a tenth too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.1
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan whose gradient of B is wrong; its results are right."""
+    right = cpu.selective_scan
+
+    def wrong(u, dt, A, B, *rest, **options):
+        return right(u, dt, A, Doubled.apply(B), *rest, **options)
+
+    monkeypatch.setattr(cpu, "selective_scan", wrong)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return int(stop.value.code or 0)
+
+
+def test_what_a_study_would_use_is_judged_once(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = examine(specs(study), "cpu")
+    assert {finding.name for finding in found} == {
+        "causal_conv1d/numba",
+        "selective_scan/numba",
+        "decay_attention/numba",
+    }
+    assert all(finding.ok and 0 < finding.used < 1 for finding in found)
+    monkeypatch.setattr(verification, "_run", None)  # would be called
+    assert examine(specs(study), "cpu") == found
+    assert ensure(specs(study), "cpu") == "all"
+
+
+def test_a_planted_wrong_gradient_is_refused_by_name(study: Path, planted: None) -> None:
+    with pytest.raises(KernelError, match=r"selective_scan/numba is wrong on this machine: dB is \S+ times as far"):
+        ensure(specs(study), "cpu")
+    assert ensure(specs(study), "cpu", "unverified") == "unverified: selective_scan/numba"
+    assert ensure(specs(study)[1:], "cpu") == "all"  # the retnet does not scan
+
+
+def test_another_implementation_may_be_chosen(study: Path, planted: None) -> None:
+    chosen = [spec.model_copy(update={"kernels": {"selective_scan": "reference"}}) for spec in specs(study)]
+    assert ensure(chosen, "cpu") == "all"
+
+
+def test_the_commands_refuse_and_mark(study: Path, planted: None, tmp_path: Path, capfd) -> None:
+    assert run("verify", str(study), "--device", "cpu") == 1
+    out = capfd.readouterr().out
+    assert "WRONG" in out
+    assert "selective_scan/numba: dB is" in out
+    runs = ("--device", "cpu", "--set", "model.core=mamba", "--out", str(tmp_path / "run"))
+    assert run("train", str(study), *runs) == 1
+    assert "dB is" in capfd.readouterr().err
+    assert run("train", str(study), *runs, "--allow-unverified", "--json") == 0
+    tags = json.loads(capfd.readouterr().out)["tags"]
+    assert tags["kernels.verified"] == "unverified: selective_scan/numba"
+
+
+def test_a_verified_run_says_so(study: Path, tmp_path: Path, capfd) -> None:
+    assert (
+        run("train", str(study), "--device", "cpu", "--set", "model.core=mamba", "--out", str(tmp_path), "--json") == 0
+    )
+    assert json.loads(capfd.readouterr().out)["tags"]["kernels.verified"] == "all"
+
+
+def test_a_tag_speaks_for_what_ran(study: Path) -> None:
+    mamba, retnet = specs(study)
+    place = choose_place("cpu", "fp32")
+    assert tag(mamba, place, {"selective_scan": "numba"}) == "unverified: selective_scan/numba"
+    ensure([mamba], "cpu")
+    assert tag(mamba, place, {"selective_scan": "numba"}) == "all"
+    between = mamba.model_copy(update={"model": mamba.model.model_copy(update={"width": 24})})
+    assert tag(between, place, {"selective_scan": "numba", "rotate": "reference"}) == "all"
+    assert tag(retnet, place, {"decay_attention": "numba"}) == "unverified: decay_attention/numba"
+
+
+def test_verdicts_are_void_when_the_source_changes(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ensure(specs(study), "cpu")
+    import dense_lab_kernels
+
+    monkeypatch.setattr(dense_lab_kernels, "fingerprint", lambda operation: "changed")
+    place = choose_place("cpu", "fp32")
+    assert tag(specs(study)[0], place, {"selective_scan": "numba"}) == "unverified: selective_scan/numba"
+
+
+def test_it_can_be_switched_off(study: Path, planted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DENSE_LAB_VERIFY", "off")
+    assert ensure(specs(study), "cpu") == "unverified: not checked"
+
+
+def test_watching_keeps_one_call_for_each_set_of_shapes_with_its_strides() -> None:
+    wide = torch.randn(2, 9, 8, requires_grad=True)
+    with watching() as calls:
+        for _ in range(2):
+            causal_conv1d(wide[..., :4], torch.ones(4, 3))
+        causal_conv1d(wide[:1, :, :4], torch.ones(4, 3))
+    (first, second) = calls.values()
+    assert first.arguments["x"].stride() == (72, 8, 1)
+    assert (first.arguments["x"].requires_grad, first.arguments["weight"].requires_grad) == (True, False)
+    assert (first.operation, second.arguments["x"].shape[0]) == ("causal_conv1d", 1)
