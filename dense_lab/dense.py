@@ -3,7 +3,15 @@
     H = phi(h^{l-1}), ..., phi(h^{l-m})      selective transition, eq. 10-11 of the paper
     h' = Fuse(h, H)                          hidden fusion
 
-They add no recurrent state, so parallel, chunkwise and recurrent forms stay equal.
+On streams they add no recurrent state, so parallel, chunkwise and recurrent forms stay equal. On the recurrent state
+itself (DenseMamba, figure 1 of the paper) there are two exact forms, in which h^{l-i} is the state of layer l-i's own
+recurrence without anything fused into it:
+
+    readout: y_t = C_t (h_t + sum_i g_i h^{l-i}_t)                       the state handed on stays unfused
+    carried: h'_t = A_t h'_{t-1} + B_t x_t + sum_i g_i h^{l-i}_t         the state handed on is the fused one
+
+A layer reads states by running the earlier layers' recurrences again, so that none is ever stored over time. `readout`
+adds no recurrent state. `carried` adds the unfused state of each layer that is read and is itself fused, once.
 """
 
 from __future__ import annotations
@@ -12,11 +20,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from dense_lab.components import FusionSlot, PatternSlot, Spec, TransitionSlot
 from dense_lab.errors import InputError, did_you_mean
-from dense_lab.modules import Selected, Stream
+from dense_lab.modules import CoreModule, GateModule, Selected, StateConnection, StateSite, Stream, activated
 from dense_lab.norms import RMSNorm
 from dense_lab.units import Size
 
@@ -28,7 +36,7 @@ class DenseSpec(Spec):
     span: Size = 1
     """m, how many earlier layers a layer reads."""
     sites: tuple[str, ...] | Literal["all"] = "all"
-    """Names of the core's dense-able streams that are connected, or all of them."""
+    """Names of the core's dense-able streams and state sites that are connected; `all`: every such stream, no state."""
     pattern: PatternSlot = "recent"  # type: ignore[assignment]
     """Which earlier layers."""
     transition: TransitionSlot = "gated"  # type: ignore[assignment]
@@ -38,7 +46,8 @@ class DenseSpec(Spec):
     fusion: FusionSlot = "add"  # type: ignore[assignment]
     """How it joins the layer's own stream."""
     norm: Literal["none", "rmsnorm"] = "rmsnorm"
-    """What the fused stream goes through. The official code has an RMSNorm that the paper's figure lacks."""
+    """What a fused stream goes through; states never do. The official code has an RMSNorm that the paper's figure
+    lacks."""
     owners: Literal["reading", "every"] = "reading"
     """Which layers own the parameters of a connection: those that have something to read, or every layer, as in the
     official code, whose first layer keeps some that no gradient ever reaches."""
@@ -52,10 +61,11 @@ class DenseSpec(Spec):
         spec = handler({} if value == "densessm" else value)
         return handler({"span": 0}) if spec.span == 0 and len(spec.model_fields_set) > 1 else spec
 
-    def chosen_sites(self, streams: Sequence[Stream]) -> tuple[Stream, ...]:
-        """The streams of a core that are connected; raises InputError for a name the core does not offer."""
-        offered = {stream.name: stream for stream in streams if stream.dense}
-        sites = tuple(offered) if self.sites == "all" else self.sites
+    def chosen_sites(self, core: CoreModule) -> tuple[Stream | StateSite, ...]:
+        """The places of a core that are connected; raises InputError for a name the core does not offer."""
+        streams = {stream.name: stream for stream in core.streams if stream.dense}
+        offered: dict[str, Stream | StateSite] = {**streams, **{site.name: site for site in core.state_sites}}
+        sites = tuple(streams) if self.sites == "all" else self.sites
         for key, names, known in (("sites", sites, offered), ("site_transitions", self.site_transitions, sites)):
             for name in names:
                 if name not in known:
@@ -65,18 +75,43 @@ class DenseSpec(Spec):
         return tuple(offered[name] for name in sites)
 
 
-class DenseConnection(nn.Module):
-    """The dense connection of one site of one layer: own stream and sources in, fused stream out."""
+class DenseConnection(StateConnection):
+    """The dense connection of one site of one layer: own stream and sources in, fused stream out.
 
-    def __init__(self, spec: DenseSpec, site: Stream, x_width: int, source_widths: Sequence[int], eps: float):
+    The identity at initialisation when the fusion is and there is no norm.
+    """
+
+    def __init__(
+        self, spec: DenseSpec, site: Stream | StateSite, x_width: int, source_widths: Sequence[int], eps: float
+    ):
         super().__init__()
+        self.width = site.width
         transition = spec.site_transitions.get(site.name, spec.transition)
         self.transition = transition.build(x_width, source_widths, site.width)
         self.fusion = spec.fusion.build(x_width, site.width, len(source_widths))
-        self.norm = RMSNorm(site.width, eps) if spec.norm == "rmsnorm" else None
+        self.norm = RMSNorm(site.width, eps) if spec.norm == "rmsnorm" and isinstance(site, Stream) else None
+        if isinstance(site, StateSite) and site.form == "carried" and self._scaling() is None:
+            raise InputError(
+                f"site {site.name} sums gated states inside the recurrence: it needs projection identity and fusion "
+                f"add, got transition {transition.model_dump()} and fusion {spec.fusion.kind_name()}; "
+                f"a readout site takes any"
+            )
+
+    def _scaling(self) -> GateModule | None:
+        """The gate, when the connection is own + sum of gate * source."""
+        return self.transition.scaling() if self.norm is None and self.fusion.joins == "by_adding" else None
 
     def forward(self, x: Tensor, own: Tensor, sources: Sequence[Tensor]) -> Tensor:
         """x [B, T, x_width] is the layer's input, own [B, T, W], sources [B, T, source width] each; gives [B, T, W]."""
         selected: Selected = self.transition(x, sources)
         fused: Tensor = self.fusion(own, selected, self.norm)
         return fused
+
+    def gates(self, x: Tensor, sources: int) -> tuple[Tensor, ...] | None:
+        """Activated gates [B, T, W], one per source, when the connection is own + sum of gate * source, else None."""
+        gate = self._scaling()
+        if gate is None:
+            return None
+        found = tuple(activated(value, gate.activation) for value in gate(x))
+        found = found or (x.new_ones(()).expand(*x.shape[:2], self.width),)
+        return found * sources if len(found) == 1 else found

@@ -14,11 +14,11 @@ from pydantic import SerializerFunctionWrapHandler, model_serializer, model_vali
 from torch import Tensor, nn
 
 from dense_lab import registry as registries
+from dense_lab.block import Block, Past, connect
 from dense_lab.components import CoreSlot, FFNSlot, Spec
 from dense_lab.corpus import IGNORED
-from dense_lab.dense import DenseConnection, DenseSpec
-from dense_lab.errors import InputError
-from dense_lab.modules import CoreModule, State, Streams
+from dense_lab.dense import DenseSpec
+from dense_lab.modules import State
 from dense_lab.norms import Dropout, RMSNorm
 from dense_lab.units import Count, Fraction, Positive
 
@@ -83,49 +83,13 @@ class ModelSpec(Spec):
         return LanguageModel(self, vocab_size)
 
 
-class Block(nn.Module):
-    """x + core(norm(x)), then x + ffn(norm(x)); dense connections act between the two halves of the core.
-
-    The last sum is left to the next norm, which does it in the same pass over memory.
-    """
-
-    def __init__(self, spec: BlockSpec, model: ModelSpec):
-        super().__init__()
-        self.norm = RMSNorm(model.width, model.norm_eps)
-        self.core: CoreModule = spec.core.build(model.width)
-        self.dense = nn.ModuleDict()
-        self.reads: dict[str, tuple[int, ...]] = {}
-        """Layers that each site reads, nearest first; sites that read nothing are absent."""
-        ffn = (spec.ffn or model.ffn).build(model.width)
-        self.ffn = ffn
-        self.ffn_norm = RMSNorm(model.width, model.norm_eps) if ffn is not None else None
-
-    def forward(
-        self, x: Tensor, y: Tensor | None, drop: Dropout, state: State, history: list[Streams]
-    ) -> tuple[Tensor, Tensor, State, Streams]:
-        """Residual stream x [B, T, width] and what the last layer adds to it -> those two, the state, and the raw
-        streams of this layer."""
-        x, h = drop.add(x, y, self.norm)
-        streams, state = self.core.project(h, state)
-        raw = streams
-        if self.reads:
-            streams = dict(streams)
-            for site, layers in self.reads.items():
-                streams[site] = self.dense[site](h, raw[site], [history[layer][site] for layer in layers])
-        y, state = self.core.mix(streams, state)
-        if self.ffn is not None and self.ffn_norm is not None:
-            x, h = drop.add(x, y, self.ffn_norm)
-            y = self.ffn(h)
-        return x, y, state, raw
-
-
 class LanguageModelOutput(NamedTuple):
     """What a pass gives."""
 
     logits: Tensor
     """[B, T, V]."""
     state: tuple[State, ...]
-    """One core state for each block, to be handed to the next piece."""
+    """One state for each block, to be handed to the next piece."""
 
 
 class LanguageModel(nn.Module):
@@ -144,30 +108,12 @@ class LanguageModel(nn.Module):
         layers = spec.layers()
         self.blocks = nn.ModuleList(Block(layer, spec) for layer in layers)  # type: ignore[assignment]
         for index, layer in enumerate(layers):
-            self._connect(index, layer.dense or spec.dense)
+            connect(self.blocks, index, layer.dense or spec.dense, spec)
         self.norm = RMSNorm(spec.width, spec.norm_eps)
         self.head = nn.Linear(spec.width, vocab_size, bias=False)
         if spec.head == "tied":
             self.head.weight = self.embedding.weight
         self._writers = sum(2 if block.ffn is not None else 1 for block in self.blocks)
-        self._kept = {layer for block in self.blocks for layers in block.reads.values() for layer in layers}
-
-    def _connect(self, index: int, dense: DenseSpec) -> None:
-        """Give block `index` its dense connections."""
-        if dense.span == 0:
-            return
-        block = self.blocks[index]
-        widths = [{stream.name: stream.width for stream in b.core.streams if stream.dense} for b in self.blocks]
-        for site in dense.chosen_sites(block.core.streams):
-            layers = tuple(i for i in dense.pattern.layers(index, dense.span) if site.name in widths[i])
-            sources = [widths[i][site.name] for i in layers]
-            if layers:
-                block.reads[site.name] = layers
-            elif dense.owners == "every":
-                sources = [site.width]
-            else:
-                continue
-            block.dense[site.name] = DenseConnection(dense, site, self.spec.width, sources, self.spec.norm_eps)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V] of input_ids [B, T], from the zero state."""
@@ -193,15 +139,15 @@ class LanguageModel(nn.Module):
         """Normalised hidden states [B, T, width] that the head reads, and the state."""
         x, y = self.embedding(input_ids), None
         drop = Dropout(self.spec.dropout if self.training else 0.0, self._writers, x.device)
-        history: list[Streams] = []
+        history: list[Past] = []
         after = []
         with registries.default().kernel_session(self.kernels) as self.ran:
             for index, block in enumerate(self.blocks):
-                x, y, core_state, raw = block(x, y, drop, state[index] if state else None, history)
-                history.append(raw if index in self._kept else {})
-                after.append(core_state)
+                x, y, own, past = block(x, y, drop, state[index] if state else None, history)
+                history.append(past)
+                after.append(own)
             _, x = drop.add(x, y, self.norm)
-        return x, tuple(after)
+        return x, tuple(block.state(*pair) for block, *pair in zip(self.blocks, after, history, strict=True))
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per scored position, 0 if there is none; targets [B, T], or IGNORED."""

@@ -6,7 +6,8 @@ State is explicit, in and out, always: `None` stands for the zero state before t
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,6 +28,73 @@ class Stream(NamedTuple):
     """Whether later layers may read it and this layer may fuse earlier ones into it."""
 
 
+class StateSite(NamedTuple):
+    """A place where the recurrent state itself is connected: it reads the states of earlier layers at the same token.
+
+    The states that it reads are those of the earlier layers' own recurrences, without what is fused into them, and are
+    never stored over time.
+    """
+
+    name: str
+    width: int
+    """W: of what is read out of a state, and of the gates."""
+    form: Literal["readout", "carried"]
+    """`readout`: only what is read out of the state is fused, so that every projection and fusion can act on it.
+    `carried`: the fused state is the one handed on. Inside a recurrence there is only a sum of gated states."""
+    family: str
+    """Layers of one family can run each other's recurrences; others are passed over."""
+    sizes: Mapping[str, int]
+    """What must be equal in both layers, by name."""
+    flops: float
+    """FLOPs per token to run one source's recurrence and read it, in recurrent form."""
+
+
+@dataclass
+class Recurrence:
+    """The recurrence of one layer over one piece, without what is fused into its state, for later layers."""
+
+    inputs: Any
+    """What layers of the family agreed on."""
+    start: Tensor | None
+    """State before the piece; None is zero."""
+    end: Tensor | None
+    """State after it; None until a reader that ran the recurrence has put it here."""
+
+
+class StateConnection(nn.Module):
+    """The dense connection of one state site of one layer."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, own: Tensor, sources: Sequence[Tensor]) -> Tensor:
+        """The layer's input x and read-outs [B, T, W] of its own state and of the sources -> the fused one."""
+
+    @abstractmethod
+    def gates(self, x: Tensor, sources: int) -> tuple[Tensor, ...] | None:
+        """Activated gates [B, T, W], one per source, when the connection is own + sum of gate * source, else None."""
+
+
+class StateReads(NamedTuple):
+    """What one state site of a layer reads in one pass."""
+
+    x: Tensor
+    """[B, T, x_width], the layer's (normalised) input."""
+    connection: StateConnection
+    sources: tuple[Recurrence, ...]
+    """Nearest first."""
+
+    def gates(self) -> tuple[Tensor, ...] | None:
+        """One [B, T, W] per source, or None; see `StateConnection.gates`."""
+        return self.connection.gates(self.x, len(self.sources))
+
+    def fused(self, own: Tensor, sources: Sequence[Tensor]) -> Tensor:
+        """Read-outs [B, T, W] of this layer's state and of the sources' -> the fused one."""
+        fused: Tensor = self.connection(self.x, own, sources)
+        return fused
+
+
+NOTHING_READ: Mapping[str, StateReads] = {}
+
+
 class CoreModule(nn.Module):
     """A sequence mixer in two halves, between which dense connections act.
 
@@ -36,6 +104,8 @@ class CoreModule(nn.Module):
 
     streams: tuple[Stream, ...]
     """Every tensor that `project` returns, in order."""
+    state_sites: tuple[StateSite, ...] = ()
+    """Where its state can be connected; a core with any takes `reads` in `mix` and has `recurrence`."""
 
     @abstractmethod
     def project(self, x: Tensor, state: State) -> tuple[Streams, State]:
@@ -43,7 +113,15 @@ class CoreModule(nn.Module):
 
     @abstractmethod
     def mix(self, streams: Streams, state: State) -> tuple[Tensor, State]:
-        """The recurrence: y [B, T, width] and the state after the last token."""
+        """The recurrence: y [B, T, width] and the state after the last token.
+
+        Cores with state sites take a third argument, `reads: Mapping[str, StateReads] = NOTHING_READ`, by site.
+        """
+
+    def recurrence(self, streams: Streams, before: State, after: State) -> Recurrence:
+        """For later layers that read this layer's state: the recurrence that `mix` ran on `streams` from `before`, as
+        `project` left it, to `after`."""
+        raise NotImplementedError(f"{type(self).__name__} has no state sites")
 
     @abstractmethod
     def mixing_flops(self) -> float:
@@ -73,12 +151,18 @@ class Selected(NamedTuple):
         """m tensors [B, T, W] with the gates applied."""
         if not self.gates:
             return list(self.values)
-        gates = [_ACTIVATIONS[self.activation](gate) for gate in self.gates]
+        gates = [activated(gate, self.activation) for gate in self.gates]
         gates = gates * len(self.values) if len(gates) == 1 else gates
         return [gate * value for gate, value in zip(gates, self.values, strict=True)]
 
 
 _ACTIVATIONS = {"none": lambda x: x, "silu": nn.functional.silu, "sigmoid": torch.sigmoid}
+
+
+def activated(gate: Tensor, activation: Activation) -> Tensor:
+    """The gate as it multiplies."""
+    result: Tensor = _ACTIVATIONS[activation](gate)
+    return result
 
 
 class GateModule(nn.Module):
@@ -98,9 +182,16 @@ class TransitionModule(nn.Module):
     def forward(self, x: Tensor, sources: Sequence[Tensor]) -> Selected:
         """x [B, T, x_width] is the layer's own (normalised) input; sources are [B, T, source width] each."""
 
+    def scaling(self) -> GateModule | None:
+        """The gate, if multiplying sources by it is all that this transition does."""
+        return None
+
 
 class FusionModule(nn.Module):
     """Joins the selected sources with the layer's own stream."""
+
+    joins: Literal["by_adding", "otherwise"] = "otherwise"
+    """`by_adding`: own + sum of the gated sources. Inside a recurrence nothing else is possible."""
 
     @abstractmethod
     def forward(self, own: Tensor, selected: Selected, norm: nn.RMSNorm | None) -> Tensor:

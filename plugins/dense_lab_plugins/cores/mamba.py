@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dense_lab.components import Core
-from dense_lab.modules import CoreModule, Stream, Streams
+from dense_lab.modules import NOTHING_READ, CoreModule, Recurrence, StateReads, StateSite, Stream, Streams
 from dense_lab.units import Count, Positive
 from dense_lab_kernels import causal_conv1d, selective_scan
+from dense_lab_kernels.selective_scan import ScanSource
+from dense_lab_plugins.cores.mamba_states import scan_with_states
 from dense_lab_plugins.cores.parts import in_parts
 
 
@@ -22,6 +25,9 @@ class Mamba(Core):
     y = W_out((C s + D u) silu(z)).
     Dense-able streams: u and B. By the duality of arXiv 2405.21060 they are the values and keys of this core, the
     streams that DenseRetNet connects; C (its query), dt and the gate z stay the layer's own.
+    State sites, DenseMamba of arXiv 2403.00818, figure 1, gates one per channel:
+    state_readout: y_t = C_t (s_t + sum_i g_i s^i_t) + D u_t; any projection and fusion can act on the C_t s^i_t.
+    state_carried: s'_t = exp(dt A) s'_{t-1} + dt B u + sum_i g_i s^i_t; gates only.
     """
 
     kind: Literal["mamba"] = "mamba"
@@ -71,6 +77,11 @@ class MambaModule(CoreModule):
             Stream("C", size),
             Stream("z", inner),
         )
+        flops = float(inner * (7 * size + 1))
+        self.state_sites = (
+            StateSite("state_readout", inner, "readout", "selective_scan", {"state": size}, flops),
+            StateSite("state_carried", inner, "carried", "selective_scan", {"state": size}, flops),
+        )
         bias = spec.linear_bias == "learned"
         self.in_proj = nn.Linear(width, 2 * inner, bias=bias)
         self.conv_weight = nn.Parameter(torch.empty(inner, spec.conv_width))
@@ -110,17 +121,31 @@ class MambaModule(CoreModule):
         dt = nn.functional.linear(dt, self.dt_proj.weight)
         return {"u": u, "dt": dt, "B": b, "C": c, "z": z}, MambaState(conv, ssm)
 
-    def mix(self, streams: Streams, state: MambaState) -> tuple[Tensor, MambaState]:
+    def mix(
+        self, streams: Streams, state: MambaState, reads: Mapping[str, StateReads] = NOTHING_READ
+    ) -> tuple[Tensor, MambaState]:
         """The scan with skip and gate, and the output map."""
-        u, dt, z = streams["u"], streams["dt"], streams["z"]
-        b, c = streams["B"].unsqueeze(2), streams["C"].unsqueeze(2)
+        own, c, z = self._scanned(streams), streams["C"].unsqueeze(2), streams["z"]
+        if reads:
+            y, ssm = scan_with_states(own, c, self.D, z, state.ssm, reads)
+        else:
+            y, ssm, _ = selective_scan(*own[:4], c, self.D, z, own.dt_bias, initial_state=state.ssm)
+        return self.out_proj(y), MambaState(state.conv, ssm)
+
+    def _scanned(self, streams: Streams) -> ScanSource:
         a = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
-        out = selective_scan(u, dt, a, b, c, self.D, z, self.dt_proj.bias, initial_state=state.ssm)
-        return self.out_proj(out.output), MambaState(state.conv, out.final_state)
+        return ScanSource(streams["u"], streams["dt"], a, streams["B"].unsqueeze(2), self.dt_proj.bias)
+
+    def recurrence(self, streams: Streams, before: MambaState, after: MambaState) -> Recurrence:
+        """The scan's inputs, as a ScanSource, and its states [B, D, N]."""
+        return Recurrence(self._scanned(streams), before.ssm, after.ssm)
 
     def mixing_flops(self) -> float:
         """Per channel: convolution 2 W; for each of N states dt A, exp, (dt u) B, update (2) and read (2); dt u, the
-        skip (2) and the gate (1) once. Counted from arXiv 2312.00752, algorithm 2 and section 3.3.2."""
+        skip (2) and the gate (1) once. Counted from arXiv 2312.00752, algorithm 2 and section 3.3.2.
+
+        For each source of a state site: dt u once, and per state dt A, exp, (dt u) B, update (2) and gated sum (2).
+        """
         return float(self.inner * (2 * self.spec.conv_width + 7 * self.spec.state + 4))
 
     def undecayed(self) -> set[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from dense_lab.errors import InputError
 from dense_lab.maps import linear_maps
-from dense_lab.modules import CoreModule, Stream, Streams
+from dense_lab.modules import NOTHING_READ, CoreModule, Recurrence, StateReads, StateSite, Stream, Streams
 from dense_lab.norms import RMSNorm
 from dense_lab_kernels import decay_attention, rotate
 
@@ -33,7 +34,10 @@ class RetentionCore(CoreModule):
 
     y = W_o(silu(g) * RMSNorm_head(retention(rotate(act(q)), rotate(k), v))).
 
-    Gives the streams q [H K], k [H K], v [H V], g [H V]; k and v are dense-able, as in DenseRetNet.
+    Gives the streams q [H K], k [H K], v [H V], g [H V]; k and v are dense-able, as in DenseRetNet. State site:
+
+    state_readout: o_t = q_t^T (S_t + sum_i gated S^i_t), S^i the state of an earlier layer, whose keys are rotated at
+    the same positions as this layer's; gates one per value channel; any projection and fusion can act on q_t^T S^i_t.
     """
 
     query_activation: Literal["none", "silu"] = "none"
@@ -49,17 +53,34 @@ class RetentionCore(CoreModule):
             Stream("v", values, dense=True),
             Stream("g", values),
         )
+        sizes = {"heads": heads, "key width of a head": keys // heads}
+        flops = 5.0 * keys * values / heads + 2 * values
+        self.state_sites = (StateSite("state_readout", values, "readout", "retention", sizes, flops),)
         self.head_norm = norm
         self.out_proj = nn.Linear(values, width, bias=False)
         self.out_proj.writes_residual = True
 
-    def mix(self, streams: Streams, state: RetentionState | None) -> tuple[Tensor, RetentionState]:
+    def mix(
+        self, streams: Streams, state: RetentionState | None, reads: Mapping[str, StateReads] = NOTHING_READ
+    ) -> tuple[Tensor, RetentionState]:
         """Retention, per-head norm, gate and output map."""
-        q, k, v = (streams[name].unflatten(-1, (self.heads, -1)) for name in ("q", "k", "v"))
+        q, k, v, gate = (streams[name].unflatten(-1, (self.heads, -1)) for name in ("q", "k", "v", "g"))
+        start = state.position if state is not None else None
         o, state = retention(q, k, v, state, self.query_activation)
-        gate = streams["g"].unflatten(-1, (self.heads, -1))
+        for read in reads.values():
+            rotated = rotate(q, start=start, normaliser="retention", activation=self.query_activation)
+            sources = [_readout(rotated, source).flatten(-2) for source in read.sources]
+            o = read.fused(o.flatten(-2), sources).unflatten(-1, (self.heads, -1))
         (y,) = linear_maps(self.head_norm(o, gate).flatten(-2), [self.out_proj.weight])
         return y, state
+
+    def recurrence(self, streams: Streams, before: RetentionState | None, after: RetentionState) -> Recurrence:
+        """Rotated keys and values, of which a single token needs none, and the matrices [B, H, K, V]."""
+        if streams["k"].shape[1] == 1:
+            return Recurrence(None, None, after.matrix)
+        matrix, start = before if before is not None else (None, None)
+        k, v = (streams[name].unflatten(-1, (self.heads, -1)) for name in ("k", "v"))
+        return Recurrence((rotate(k, start=start), v), matrix, after.matrix)
 
     def mixing_flops(self) -> float:
         """State update and read, 4 K V per head, plus its decay, K V (RetNet, arXiv 2307.08621, eq. 6)."""
@@ -101,6 +122,15 @@ def retention(
     )
     end = start + tokens if start is not None else torch.full((), tokens, dtype=torch.int64, device=q.device)
     return out.output, RetentionState(out.final_state, end)
+
+
+def _readout(q: Tensor, source: Recurrence) -> Tensor:
+    """q_t^T S_t [B, T, H, V] of rotated queries, S the state of an earlier layer; a single token finds it ready."""
+    if q.shape[1] == 1:
+        return (q[:, 0, :, :, None] * source.end).sum(-2).unsqueeze(1).to(q.dtype)
+    k, v = source.inputs
+    decay = log_decay(q.shape[2], q.device, torch.promote_types(q.dtype, torch.float32))
+    return decay_attention(q, k, v, decay, initial_state=source.start).output
 
 
 @functools.cache

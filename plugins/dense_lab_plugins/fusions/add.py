@@ -20,6 +20,8 @@ class Add(Fusion):
 
 
 class _AddModule(FusionModule):
+    joins = "by_adding"
+
     def forward(self, own: Tensor, selected: Selected, norm: nn.RMSNorm | None) -> Tensor:
         gate = selected.gates[0] if len(selected.gates) == 1 else selected.gates or None
         weight, eps = (norm.weight, norm.eps) if norm is not None else (None, None)

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dense_lab.components import Gate, GateSlot, Projection, ProjectionSlot, Transition
-from dense_lab.modules import Selected, TransitionModule
+from dense_lab.modules import GateModule, Selected, TransitionModule
 
 
 class Gated(Transition):
@@ -32,3 +32,6 @@ class _GatedModule(TransitionModule):
     def forward(self, x: Tensor, sources: Sequence[Tensor]) -> Selected:
         values = tuple(projection(source) for projection, source in zip(self.projections, sources, strict=True))
         return Selected(values, self.gate(x), self.gate.activation)
+
+    def scaling(self) -> GateModule | None:
+        return self.gate if all(isinstance(projection, nn.Identity) for projection in self.projections) else None
