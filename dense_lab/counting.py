@@ -66,7 +66,7 @@ def flops_per_token(spec: ModelSpec, vocab_size: int) -> float:
         id(module)
         for block in model.blocks
         for site, dense in block.dense.items()
-        if site not in block.reads and site not in block.state_reads
+        if site not in block.reads
         for module in dense.modules()
     }
     linear = sum(
