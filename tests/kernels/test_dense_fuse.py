@@ -10,6 +10,7 @@ import torch
 from accuracy import as_dtype, assert_as_accurate, assert_equal_within, run_with_gradients
 
 from dense_lab_kernels import dense_fuse
+from dense_lab_kernels.dense_fuse import Bottleneck
 
 pytest.importorskip("numba")
 IMPLEMENTATIONS = ("reference", "numba")
@@ -45,6 +46,26 @@ def test_compiled_equals_the_reference(sources: int, width: int, gate: str, norm
     low = as_dtype(given, torch.float32)
     exact = run_with_gradients(plain, as_dtype(low, torch.float64))
     assert_as_accurate(run_with_gradients(fast, low), run_with_gradients(plain, low), exact)
+
+
+@pytest.mark.parametrize("norm", ["norm", "no-norm"])
+def test_raw_streams_and_a_bottleneck(norm: str) -> None:
+    given = inputs(2, norm=norm, gate="no-gate")
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*size, 5, generator=generator, dtype=torch.float64) for size in ((3, 23), (37,)))
+    options = {"activation": "sigmoid", "stream_activation": "silu", "scale": 0.3, "returning": "fused and own"}
+    found, expected = (
+        run_with_gradients(partial(dense_fuse, impl=impl, **options), {**given, "gate": Bottleneck(hidden, weight)})
+        for impl in IMPLEMENTATIONS
+    )
+    assert_equal_within(found, expected, tolerance=1e-12)
+    silu = torch.nn.functional.silu
+    gate = torch.sigmoid(silu(hidden) @ weight.T)
+    fused = 0.3 * (silu(given["own"]) + gate * sum(map(silu, given["sources"])))
+    if norm == "norm":
+        fused = torch.nn.functional.rms_norm(fused, (37,), given["weight"], 1e-6)
+    assert torch.allclose(expected["output[0]"], fused, rtol=1e-12)
+    assert torch.equal(expected["output[1]"], given["own"])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -102,7 +123,9 @@ def test_low_precision_is_computed_in_float32(impl: str, dtype: torch.dtype) -> 
         ({"gate": torch.zeros(37)}, "gate must have shape"),
         ({"weight": torch.zeros(36)}, r"weight must have shape \[W\] with W=37, got \[36\]"),
         ({"activation": "tanh"}, "activation must be one of none, silu, sigmoid, got 'tanh'"),
-        ({"eps": -1.0}, "eps must be >= 0, got -1.0"),
+        ({"eps": -1.0}, "eps must be >= 0 and scale > 0, got -1.0 and 1.0"),
+        ({"scale": 0.0}, "eps must be >= 0 and scale > 0, got 1e-06 and 0.0"),
+        ({"gate": Bottleneck(torch.zeros(3, 23, 5), torch.zeros(37, 4))}, r"gate.weight must have shape \[W, R\] .*R=5"),
         ({"own": torch.tensor(1.0)}, r"own must have shape \[..., W\]"),
     ],
 )

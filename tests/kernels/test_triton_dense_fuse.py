@@ -9,7 +9,7 @@ import pytest
 import torch
 from accuracy import as_dtype, assert_as_accurate, run_with_gradients
 
-from dense_lab_kernels.dense_fuse import dense_fuse
+from dense_lab_kernels.dense_fuse import Bottleneck, dense_fuse
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -68,6 +68,56 @@ def test_output_and_gradients(m: int, gates: int | None, activation: str, dtype:
         check(make((2, 5, 48), m, gates, norm), dtype, activation=activation)
 
 
+def with_bottleneck(inputs: dict[str, Any], inner: int) -> dict[str, Any]:
+    """The inputs with a gate of that many hidden numbers."""
+    generator = torch.Generator().manual_seed(inner)
+    width = inputs["own"].shape[-1]
+    weight = torch.randn(width, inner, generator=generator, dtype=torch.float64) / inner**0.5
+    hidden = torch.randn(*inputs["own"].shape[:-1], inner, generator=generator, dtype=torch.float64)
+    return {**inputs, "gate": Bottleneck(hidden.to(DEVICE), weight.to(DEVICE))}
+
+
+@pytest.mark.parametrize("returning", ["fused", "fused and own"])
+@pytest.mark.parametrize(
+    ("m", "gates", "dtype"), [(1, None, LOW), (1, 0, LOW), (3, 0, FULL), (2, 2, LOW), (1, "bottleneck", FULL)]
+)
+def test_raw_streams_that_later_layers_read(m: int, gates: Any, dtype: torch.dtype, returning: str) -> None:
+    for norm in (True, False):
+        inputs = make((2, 5, 48), m, None if gates == "bottleneck" else gates, norm)
+        inputs = with_bottleneck(inputs, 9) if gates == "bottleneck" else inputs
+        options = {"activation": "silu", "stream_activation": "silu", "scale": 0.3, "returning": returning}
+        check(inputs, dtype, **options)
+    check(make((2, 5, 48), m, None, False), dtype, returning=returning)
+
+
+def test_own_that_no_later_layer_reads_after_all() -> None:
+    inputs = as_dtype(make((3, 40), 1, 0, True), torch.float32)
+    leaves = [inputs["own"].requires_grad_(), inputs["gate"].requires_grad_(), inputs["weight"].requires_grad_()]
+    options = {**inputs, "activation": "silu", "stream_activation": "silu", "returning": "fused and own"}
+    for chosen in ((0,), (1,), (0, 1)):
+        found, expected = (
+            torch.autograd.grad(
+                sum(dense_fuse(**options, impl=impl)[i].cos().sum() for i in chosen), leaves, allow_unused=True
+            )
+            for impl in ("triton", "reference")
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("norm", ["norm", "no norm"])
+@pytest.mark.parametrize(("width", "inner", "m"), [(48, 9, 1), (300, 16, 2), (20, 1, 1)])
+@pytest.mark.parametrize("dtype", [LOW, FULL], ids=str)
+def test_few_rows_without_gradients(width: int, inner: int, m: int, norm: str, dtype: torch.dtype) -> None:
+    inputs = with_bottleneck(make((3, 1, width), m, None, norm == "norm"), inner)
+    with torch.no_grad():
+        step = dense_fuse(**as_dtype(inputs, dtype), activation="silu", stream_activation="silu", impl="triton")
+        plain = dense_fuse(**as_dtype(inputs, dtype), activation="silu", stream_activation="silu", impl="reference")
+        exact = as_dtype(as_dtype(inputs, dtype), torch.float64)
+        exact = dense_fuse(**exact, activation="silu", stream_activation="silu", impl="reference")
+    assert_as_accurate({"output": step}, {"output": plain}, {"output": exact})
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (7,), (63, 33), (257, 32), (2, 3, 1030), (1, 4097)], ids=str)
 def test_odd_shapes(shape: tuple[int, ...]) -> None:
     check(make(shape, 2, 0, True), torch.float32, activation="silu")
@@ -116,6 +166,22 @@ def test_mixed_dtypes_keep_their_own_gradient_dtype() -> None:
 @pytest.mark.parametrize(("m", "gates"), [(1, 0), (2, 0)])
 def test_training_sizes(shape: tuple[int, int], m: int, gates: int) -> None:
     check(make(shape, m, gates, True), torch.bfloat16, activation="silu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("width", "inner"), [(768, 48), (3072, 48), (3072, 192)])
+def test_published_sizes(width: int, inner: int) -> None:
+    inputs = with_bottleneck(make((2800, width), 1, None, True), inner)
+    options = {"activation": "silu", "stream_activation": "silu", "scale": 0.05}
+    check(inputs, torch.bfloat16, returning="fused and own", **options)
+    few = dict(inputs)
+    few["own"], few["sources"] = few["own"][:6], (few["sources"][0][:6],)
+    few["gate"] = Bottleneck(few["gate"].hidden[:6], few["gate"].weight)
+    low = as_dtype(few, torch.bfloat16)
+    with torch.no_grad():
+        found = dense_fuse(**low, impl="triton", **options)
+        exact = dense_fuse(**as_dtype(low, torch.float64), impl="reference", **options)
+    assert (found.double() - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
 
 
 @pytest.mark.gpu

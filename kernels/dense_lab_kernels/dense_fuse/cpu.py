@@ -18,18 +18,38 @@ from dense_lab_kernels._checks import compute_dtype
 from dense_lab_kernels._numba import run
 from dense_lab_kernels._vector import WIDTH
 from dense_lab_kernels.dense_fuse import loops
+from dense_lab_kernels.dense_fuse.reference import ACTIVATIONS, Bottleneck
 
 
 def dense_fuse(
     own: Tensor,
     sources: tuple[Tensor, ...],
-    gate: Tensor | tuple[Tensor, ...] | None = None,
+    gate: Tensor | tuple[Tensor, ...] | Bottleneck | None = None,
     weight: Tensor | None = None,
     *,
     activation: str = "none",
+    stream_activation: str = "none",
+    scale: float = 1.0,
     eps: float = 1e-6,
+    returning: str = "fused",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As the public function; torch activates the streams, multiplies out a bottleneck and scales."""
+    activate = ACTIVATIONS[stream_activation]
+    gate = gate.factors() if isinstance(gate, Bottleneck) else gate
+    # A norm sees no scale but in its eps.
+    fused = _fuse(activate(own), tuple(map(activate, sources)), gate, weight, activation, eps / scale**2)
+    fused = fused * scale if weight is None and scale != 1 else fused
+    return (fused, own) if returning == "fused and own" else fused
+
+
+def _fuse(
+    own: Tensor,
+    sources: tuple[Tensor, ...],
+    gate: Tensor | tuple[Tensor, ...] | None,
+    weight: Tensor | None,
+    activation: str,
+    eps: float,
 ) -> Tensor:
-    """[..., W] in own's dtype; arguments as in the public function."""
     width = own.shape[-1]
     dtype = compute_dtype(own)
 
