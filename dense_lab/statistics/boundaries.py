@@ -5,7 +5,7 @@ look after every seed because it spends its alpha over the looks (Lan and DeMets
 from Brownian motion, which is wrong for t statistics of three to ten pairs; here they are exact for normal differences
 (Jennison and Turnbull 1991 showed that such calculations need one dimension).
 
-Letters: n pairs so far; x_1..x_n their differences, mean zero under the null; R_n^2 = sum of x_i^2; phi_n the angle of
+Letters: n pairs so far; x_1..x_n their differences, mean zero under the null; R_n^2 = sum of x_i^2; phi_n the angle in
 
     sum of x_i = sqrt(n) R_n sin(phi_n),    so that    t_n = sqrt(n - 1) tan(phi_n)
 
@@ -47,12 +47,12 @@ class Boundaries:
         row = self.thresholds[pairs - self.first]
         return float(np.exp(np.interp(np.log(level), np.log(LEVELS), np.log(row))))
 
-    def level(self, pairs: int, t: float) -> float:
+    def level(self, pairs: int, t: Floats | float) -> Floats:
         """The smallest overall level at which |t| is significant at this look; between 1e-8 and 1."""
-        row = self.thresholds[pairs - self.first]
-        if abs(t) < row[-1]:
-            return 1.0
-        return float(np.exp(np.interp(-np.log(max(abs(t), 1e-300)), -np.log(row), np.log(LEVELS))))
+        row, size = self.thresholds[pairs - self.first], np.abs(t)
+        with np.errstate(divide="ignore"):
+            found = np.exp(np.interp(-np.log(size), -np.log(row), np.log(LEVELS)))
+        return np.where(size < row[-1], 1.0, found)
 
 
 @functools.lru_cache(maxsize=32)
@@ -81,7 +81,7 @@ def _first_look(edges: Floats, pairs: int) -> Floats:
 
 
 def _angle_where(above: Floats, edges: Floats, spend: Floats) -> Floats:
-    """The angle beyond which `spend` lies, by log tail against log distance from pi/2: a tail is nearly straight there."""
+    """The angle beyond which `spend` lies; a tail is nearly straight in log tail against log distance from pi/2."""
     with np.errstate(divide="ignore"):
         distance = np.log(np.pi / 2 - edges[:-1])
         tails = np.log(above[:, :-1])
@@ -103,18 +103,18 @@ def _extrapolated(x: float, xs: Floats, ys: Floats) -> float:
 def _below(above: Floats, angle: Floats, edges: Floats, spend: Floats) -> Floats:
     """Probability of each cell, without what crossed the boundary."""
     kept = np.where(edges >= angle[:, None], spend[:, None], above)
-    return np.maximum(kept[:, :-1] - kept[:, 1:], 0.0)
+    return np.asarray(np.maximum(kept[:, :-1] - kept[:, 1:], 0.0), dtype=np.float64)
 
 
 def _transition(edges: Floats, n: int) -> Floats:
     """[from, to] probabilities of |phi_n| -> |phi_{n+1}| between cells, from each cell's middle."""
     middle = (edges[:-1] + edges[1:]) / 2
     inside = _next_cdf(edges, middle, n) - _next_cdf(-edges, middle, n)
-    return np.asarray(np.diff(inside, axis=1))
+    return np.asarray(np.diff(inside, axis=1), dtype=np.float64)
 
 
 def _next_cdf(angle: Floats, phi: Floats, n: int) -> Floats:
-    """P(phi_{n+1} <= angle | phi_n = phi), [phi, angle]. psi + atan(A) is within (-pi, pi), where sin has two branches."""
+    """P(phi_{n+1} <= angle | phi_n = phi), [phi, angle]; sin has two branches where psi + atan(A) lies."""
     a = np.sqrt(n) * np.sin(phi)[:, None]
     tilt = np.arctan(a)
     ratio = np.sin(angle)[None, :] * np.sqrt(n + 1) / np.sqrt(1 + a**2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -89,24 +89,39 @@ def compare(
     """
     check_levels(alpha, power)
     known = {arm: finite(cells) for arm, cells in values.items()}
-    pairs = paired_differences(known, baseline)
-    tested = [arm for arm, found in pairs.items() if len(found) >= 2]
+    pairs = paired(known, baseline)
+    tested = [arm for arm, found in pairs.items() if len(found.differences) >= 2]
     asked = _Asked(direction, alpha, correction, smallest_effect, power, max(len(tested), 1))
-    tests = _blocks(known, baseline, tested) if correction == "dunnett" else {a: t_test(pairs[a]) for a in tested}
+    tests = _blocks(known, baseline, tested) if correction == "dunnett" else {a: pairs[a].test() for a in tested}
+    tests = {arm: test.as_fact() if pairs[arm].certain else test for arm, test in tests.items()}
     adjusted = _adjusted(tests, correction)
-    verdicts = []
+    rows = []
     for arm, cells in known.items():
         if arm == baseline:
-            verdicts.append(baseline_row(arm, cells, alpha))
+            rows.append(baseline_row(arm, cells, alpha))
         elif arm in tests:
-            verdicts.append(_row(arm, cells, pairs[arm], tests[arm], adjusted[arm], asked))
+            rows.append(_row(arm, cells, pairs[arm], tests[arm], adjusted[arm], asked))
         else:
-            verdicts.append(untested_row(arm, cells, pairs[arm], alpha))
-    return Comparison(baseline, metric, direction, alpha, correction, tuple(verdicts))
+            rows.append(untested_row(arm, cells, pairs[arm].differences, alpha))
+    return Comparison(baseline, metric, direction, alpha, correction, tuple(rows))
 
 
-def paired_differences(values: Values, baseline: str) -> dict[str, Floats]:
-    """arm - baseline over the seeds that both have, in the order of the seeds; raises InputError without a baseline."""
+class Pairs(NamedTuple):
+    """One arm beside the baseline, over the seeds that both have, in rising order."""
+
+    differences: Floats
+    """arm - baseline."""
+    certain: bool
+    """Whether no seed changes the metric, in the arm or the baseline: what differs then differs for sure."""
+
+    def test(self) -> Tested:
+        """Student's t test of the differences."""
+        found = t_test(self.differences)
+        return found.as_fact() if self.certain else found
+
+
+def paired(values: Values, baseline: str) -> dict[str, Pairs]:
+    """Every arm but the baseline, beside it; raises InputError when there is no arm of the baseline's name."""
     if baseline not in values:
         raise InputError(f"no arm named {baseline!r} to compare with.{did_you_mean(baseline, values)}")
     own = values[baseline]
@@ -114,8 +129,8 @@ def paired_differences(values: Values, baseline: str) -> dict[str, Floats]:
     for arm, cells in values.items():
         shared = sorted(cells.keys() & own.keys())
         ours, theirs = (np.array([side[seed] for seed in shared], dtype=np.float64) for side in (cells, own))
-        raw = differences(ours, theirs)
-        result[arm] = raw[np.isfinite(raw)]
+        steady = len(shared) >= FEWEST and bool(deviation(ours) == 0 and deviation(theirs) == 0)
+        result[arm] = Pairs(differences(ours, theirs), steady)
     result.pop(baseline)
     return result
 
@@ -153,25 +168,29 @@ def _adjusted(tests: dict[str, Tested], correction: Correction) -> dict[str, flo
 
 
 def _row(
-    arm: str, cells: Mapping[int, float], sample: Floats, test: Tested, adjusted: float, asked: _Asked
+    arm: str, cells: Mapping[int, float], pairs: Pairs, test: Tested, adjusted: float, asked: _Asked
 ) -> ArmVerdict:
     pooled = asked.correction == "dunnett"
-    seeds = test.df // asked.comparisons + 1 if pooled else len(sample)
-    sd = float(test.error) * math.sqrt(seeds)
+    seeds = test.df // asked.comparisons + 1 if pooled else len(pairs.differences)
+    mean, error = float(test.mean), float(test.error)
     threshold = critical(test.df, asked.alpha, asked.comparisons, asked.correction)
     smallest = detectable(
-        sd, seeds, alpha=asked.alpha, power=asked.power, comparisons=asked.comparisons, correction=asked.correction
+        error * math.sqrt(seeds),
+        seeds,
+        alpha=asked.alpha,
+        power=asked.power,
+        comparisons=asked.comparisons,
+        correction=asked.correction,
     )
-    mean, own = float(test.mean), float(deviation(sample))
     return ArmVerdict(
         arm=arm,
         seeds=seeds,
         mean=own_mean(cells),
         mean_interval=own_interval(cells, asked.alpha),
         difference=mean,
-        t_interval=t_interval(mean, float(test.error), threshold),
-        bca_interval=bca_interval(sample, asked.level),
-        effect_size=effect_size(mean, own),
+        t_interval=t_interval(mean, error, threshold),
+        bca_interval=bca_interval(pairs.differences, asked.level) if error else (mean, mean),
+        effect_size=effect_size(pairs.differences) if math.isfinite(error) else NAN,
         p=float(test.p),
         p_adjusted=adjusted,
         verdict=_verdict(mean, adjusted, seeds, smallest, asked),
@@ -180,12 +199,10 @@ def _row(
 
 
 def _verdict(mean: float, adjusted: float, seeds: int, smallest: float, asked: _Asked) -> Verdict:
-    # Two equal differences among so few may be the coarseness of a metric; more than two hardly can.
-    exact = smallest == 0 and seeds < FEWEST
-    if adjusted <= asked.alpha and not exact:
+    if adjusted <= asked.alpha:
         return improvement(mean, asked.direction)
-    enough = seeds >= FEWEST if asked.smallest_effect is None else smallest <= asked.smallest_effect and not exact
-    return "no difference shown" if enough else "underpowered"
+    enough = seeds >= FEWEST if asked.smallest_effect is None else smallest <= asked.smallest_effect
+    return "no difference shown" if enough and math.isfinite(smallest) else "underpowered"
 
 
 def improvement(difference: float, direction: Direction) -> Literal["better", "worse"]:
@@ -193,8 +210,9 @@ def improvement(difference: float, direction: Direction) -> Literal["better", "w
     return "better" if (difference < 0) == (direction == "minimize") else "worse"
 
 
-def effect_size(mean: float, sd: float) -> float:
-    """Cohen's d_z; signed infinity where nothing scatters, 0 where nothing differs either."""
+def effect_size(sample: Floats) -> float:
+    """Cohen's d_z of paired differences; signed infinity where nothing scatters, 0 where nothing differs either."""
+    mean, sd = float(sample.mean()), float(deviation(sample))
     if sd == 0:
         return math.copysign(math.inf, mean) if mean else 0.0
     return mean / sd

@@ -26,8 +26,15 @@ class Tested(NamedTuple):
     df: int
     """Degrees of freedom of the error."""
     t: Floats
+    """mean / error."""
     p: Floats
-    """Two-sided, of this arm alone."""
+    """Two-sided, of this arm alone; not a number where nothing scatters and yet the mean is not zero."""
+
+    def as_fact(self) -> Tested:
+        """Of a metric that no seed changes, such as a count of parameters: a difference is certain."""
+        mean = float(self.mean)
+        t, p = (np.copysign(np.inf, mean), 0.0) if mean else (0.0, 1.0)
+        return Tested(self.mean, np.array(0.0), self.df, np.array(t), np.array(p))
 
 
 def differences(values: Floats, baseline: Floats) -> Floats:
@@ -71,7 +78,8 @@ def blocks_test(values: Floats, baseline: Floats) -> Tested:
 
 
 def _tested(mean: Floats, error: Floats, df: int) -> Tested:
-    # No scatter at all (a count of parameters, say): a difference is a fact, and its absence is one too.
+    # Equal differences that are not zero have shown no scatter to measure them by: a coarse metric, by chance.
+    error = np.where((error == 0) & (mean != 0), np.nan, error)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where((mean == 0) & (error == 0), 0.0, mean / error)
     return Tested(mean, error, df, t, np.asarray(2 * stats.t.sf(np.abs(t), df)))
@@ -86,12 +94,10 @@ def bca_interval(sample: Floats, level: float) -> tuple[float, float]:
     """Bias-corrected and accelerated bootstrap interval of the mean (Efron 1987), the same every time.
 
     Shown beside the t interval as a check on skew, never used for a verdict: five values have 126 distinct resamples,
-    and the interval covers less than it says. Not a number for fewer than three values.
+    and the interval covers less than it says. Not a number for fewer than three values, or values that are all equal.
     """
-    if len(sample) < 3:
+    if len(sample) < 3 or deviation(sample) == 0:
         return float("nan"), float("nan")
-    if deviation(sample) == 0:
-        return float(sample.mean()), float(sample.mean())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         found = stats.bootstrap(

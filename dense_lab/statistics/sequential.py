@@ -2,7 +2,7 @@
 
 Looks are taken after every pair from `first` to `maximum`, both fixed beforehand. Each arm has a sequential p value:
 the smallest overall level at which it has crossed the exact boundaries of `dense_lab.statistics.boundaries` at some
-look so far (Liu and Anderson 2008). Holm over these keeps alpha over all arms and all looks, whichever arms are gone on with.
+look so far (Liu and Anderson 2008). Holm over these keeps alpha over all arms and all looks, whichever arms go on.
 
 An arm is decided once it is shown better or worse, or once an effect of the smallest size worth claiming is ruled out:
 its repeated interval of two-sided level 2 (1 - power) lies within -/+ smallest_effect. An arm whose true effect is as
@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from dense_lab.errors import InputError
-from dense_lab.statistics import boundaries as bounds
+from dense_lab.statistics.boundaries import Boundaries, boundaries
 from dense_lab.statistics.comparison import (
     FEWEST,
     ArmVerdict,
     Comparison,
     Direction,
+    Pairs,
     Values,
     Verdict,
     baseline_row,
@@ -32,11 +33,11 @@ from dense_lab.statistics.comparison import (
     improvement,
     own_interval,
     own_mean,
-    paired_differences,
+    paired,
     untested_row,
 )
-from dense_lab.statistics.corrections import Correction, Floats, holm
-from dense_lab.statistics.paired import Tested, bca_interval, deviation, t_interval, t_test
+from dense_lab.statistics.corrections import Correction, holm
+from dense_lab.statistics.paired import Tested, bca_interval, t_interval
 from dense_lab.statistics.power import check_levels, noncentrality
 
 
@@ -56,13 +57,12 @@ def undecided(
 
     Arms with fewer than `first` pairs are among them. Arguments as of `compare_at_look`.
     """
-    look = compare_at_look(
-        values, baseline, first=first, maximum=maximum, alpha=alpha, correction=correction, direction=direction,
-        smallest_effect=smallest_effect, power=power,
-    )  # fmt: skip
+    look = _Look.at(values, baseline, _Rule(first, maximum, alpha, correction, direction, smallest_effect, power))
     # Without a smallest effect nothing can be ruled out, so only what is shown is decided.
-    open_verdicts = {"underpowered", "no difference shown"} if smallest_effect is None else {"underpowered"}
-    return [arm.arm for arm in look.arms if arm.verdict in open_verdicts and arm.seeds < maximum]
+    waits = {"underpowered", "no difference shown"} if smallest_effect is None else {"underpowered"}
+    return [
+        arm for arm, verdict in look.verdicts.items() if verdict in waits and len(look.pairs[arm].differences) < maximum
+    ]
 
 
 def compare_at_look(
@@ -84,92 +84,102 @@ def compare_at_look(
     at this look. Pairs are taken in the order of their seeds, so seeds are to be added in rising order; pairs beyond
     `maximum` are left out of the test. Raises InputError for Dunnett's correction, which has no sequential form here.
     """
-    check_levels(alpha, power)
-    if correction == "dunnett":
-        raise InputError("adding seeds until decided has no form for correction dunnett: use holm, or a fixed `seeds`")
-    if not 2 <= first <= maximum:
-        raise InputError(f"looks go from 2 seeds or more up to a maximum, got {first=} and {maximum=}")
-    known = {arm: finite(cells) for arm, cells in values.items()}
-    pairs = {arm: found[:maximum] for arm, found in paired_differences(known, baseline).items()}
-    rule = _Rule(
-        bounds.boundaries(first, maximum),
-        alpha if correction == "none" else alpha / max(len(pairs), 1),
-        smallest_effect,
-        power,
-    )
-    p = {arm: rule.p(sample) for arm, sample in pairs.items()}
-    # An arm that waits for its first look counts: it may still be shown to differ later.
-    alone = np.array(list(p.values()), dtype=np.float64)
-    adjusted = dict(zip(p, (alone if correction == "none" else holm(alone)).tolist(), strict=True))
-    rows = []
-    for arm, cells in known.items():
-        if arm == baseline:
-            rows.append(baseline_row(arm, cells, alpha))
-        elif len(pairs[arm]) < first:
-            rows.append(untested_row(arm, cells, pairs[arm], alpha))
-        else:
-            shown = improvement(float(pairs[arm].mean()), direction) if adjusted[arm] <= alpha else None
-            rows.append(_row(arm, cells, pairs[arm], (p[arm], adjusted[arm]), shown, alpha, rule))
+    look = _Look.at(values, baseline, _Rule(first, maximum, alpha, correction, direction, smallest_effect, power))
+    rows = [
+        baseline_row(arm, finite(cells), alpha) if arm == baseline else look.row(arm, finite(cells))
+        for arm, cells in values.items()
+    ]
     return Comparison(baseline, metric, direction, alpha, correction, tuple(rows))
 
 
 @dataclass(frozen=True)
 class _Rule:
-    boundaries: bounds.Boundaries
-    level: float
-    """Of one arm's repeated interval."""
+    first: int
+    maximum: int
+    alpha: float
+    correction: Correction
+    direction: Direction
     smallest_effect: float | None
     power: float
 
-    def looks(self, sample: Floats) -> list[tuple[int, Tested]]:
-        """Number of pairs and test at every look so far."""
-        return [(n, t_test(sample[:n])) for n in range(self.boundaries.first, len(sample) + 1)]
+    def __post_init__(self) -> None:
+        check_levels(self.alpha, self.power)
+        if self.correction == "dunnett":
+            raise InputError("adding seeds until decided has no form with correction dunnett: use holm, or fixed seeds")
+        if not 2 <= self.first <= self.maximum:
+            raise InputError(f"looks go from 2 seeds or more to a maximum, got {self.first} to {self.maximum}")
 
-    def p(self, sample: Floats) -> float:
+    @property
+    def boundaries(self) -> Boundaries:
+        return boundaries(self.first, self.maximum)
+
+    def looks(self, pairs: Pairs) -> list[tuple[int, Tested]]:
+        """Number of pairs and test at every look so far at which there is a scatter to test by."""
+        sample, certain = pairs
+        ends = range(self.first, len(sample) + 1)
+        tests = [(n, Pairs(sample[:n], certain and n >= FEWEST).test()) for n in ends]
+        return [(n, test) for n, test in tests if math.isfinite(test.error)]
+
+    def p(self, pairs: Pairs) -> float:
         """Sequential p value; 1 before the first look."""
-        found = [self.boundaries.level(n, float(test.t)) for n, test in self.looks(sample) if _usable(n, test)]
-        return min(found, default=1.0)
+        return min((float(self.boundaries.level(n, float(test.t))) for n, test in self.looks(pairs)), default=1.0)
 
-    def ruled_out(self, sample: Floats) -> bool:
+    def ruled_out(self, pairs: Pairs) -> bool:
         """Whether an effect of the smallest size was excluded at some look so far."""
         if self.smallest_effect is None:
-            return len(sample) >= FEWEST
+            return len(pairs.differences) >= FEWEST
         level = min(2 * (1 - self.power), 0.99)
-        for n, test in self.looks(sample):
+        for n, test in self.looks(pairs):
             low, high = t_interval(float(test.mean), float(test.error), self.boundaries.threshold(n, level))
-            if _usable(n, test) and -self.smallest_effect < low and high < self.smallest_effect:
+            if -self.smallest_effect < low and high < self.smallest_effect:
                 return True
         return False
 
 
-def _usable(n: int, test: Tested) -> bool:
-    # Two equal differences may be the coarseness of a metric; see `compare`.
-    return n >= FEWEST or float(test.error) > 0
+@dataclass(frozen=True)
+class _Look:
+    rule: _Rule
+    pairs: dict[str, Pairs]
+    p: dict[str, float]
+    adjusted: dict[str, float]
+    verdicts: dict[str, Verdict]
 
+    @classmethod
+    def at(cls, values: Values, baseline: str, rule: _Rule) -> _Look:
+        known = {arm: finite(cells) for arm, cells in values.items()}
+        pairs = {arm: Pairs(d[: rule.maximum], certain) for arm, (d, certain) in paired(known, baseline).items()}
+        p = {arm: rule.p(found) for arm, found in pairs.items()}
+        # An arm that waits for its first look counts: it may still be shown to differ later.
+        alone = np.array(list(p.values()), dtype=np.float64)
+        adjusted = dict(zip(p, (alone if rule.correction == "none" else holm(alone)).tolist(), strict=True))
+        verdicts: dict[str, Verdict] = {}
+        for arm, found in pairs.items():
+            if adjusted[arm] <= rule.alpha:
+                verdicts[arm] = improvement(float(found.differences.mean()), rule.direction)
+            else:
+                verdicts[arm] = "no difference shown" if rule.ruled_out(found) else "underpowered"
+        return cls(rule, pairs, p, adjusted, verdicts)
 
-def _row(
-    arm: str,
-    cells: Mapping[int, float],
-    sample: Floats,
-    p: tuple[float, float],
-    shown: Verdict | None,
-    alpha: float,
-    rule: _Rule,
-) -> ArmVerdict:
-    n, test = len(sample), t_test(sample)
-    threshold = rule.boundaries.threshold(n, rule.level)
-    mean, error = float(test.mean), float(test.error)
-    return ArmVerdict(
-        arm=arm,
-        seeds=n,
-        mean=own_mean(cells),
-        mean_interval=own_interval(cells, alpha),
-        difference=mean,
-        t_interval=t_interval(mean, error, threshold),
-        bca_interval=bca_interval(sample, 1 - rule.level),
-        effect_size=effect_size(mean, float(deviation(sample))),
-        p=p[0],
-        p_adjusted=p[1],
-        verdict=shown or ("no difference shown" if rule.ruled_out(sample) else "underpowered"),
-        detectable=error * noncentrality(threshold, n - 1, rule.power) if math.isfinite(error) else math.nan,
-    )
+    def row(self, arm: str, cells: Mapping[int, float]) -> ArmVerdict:
+        rule, sample = self.rule, self.pairs[arm].differences
+        if len(sample) < rule.first:
+            return untested_row(arm, cells, sample, rule.alpha)
+        n, test = len(sample), self.pairs[arm].test()
+        # Of an interval that holds at every look and, by Bonferroni, for every arm.
+        level = rule.alpha if rule.correction == "none" else rule.alpha / len(self.pairs)
+        threshold = rule.boundaries.threshold(n, level)
+        mean, error = float(test.mean), float(test.error)
+        return ArmVerdict(
+            arm=arm,
+            seeds=n,
+            mean=own_mean(cells),
+            mean_interval=own_interval(cells, rule.alpha),
+            difference=mean,
+            t_interval=t_interval(mean, error, threshold),
+            bca_interval=bca_interval(sample, 1 - level) if error else (mean, mean),
+            effect_size=effect_size(sample) if math.isfinite(error) else math.nan,
+            p=self.p[arm],
+            p_adjusted=self.adjusted[arm],
+            verdict=self.verdicts[arm],
+            detectable=error * noncentrality(threshold, n - 1, rule.power),
+        )
