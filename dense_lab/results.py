@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from dense_lab.ablation.results import Ablation, read_ablation
 from dense_lab.errors import InputError
 from dense_lab.files import last_line, read_json, read_lines
 
@@ -56,6 +57,8 @@ class TrialView:
     """None when the trial was run on another machine that does not share this folder."""
     label: str = ""
     """The arm's name in an ablation, otherwise empty."""
+    role: str = ""
+    """In an ablation `cell`, or `tune` for a trial that a learning rate is chosen by."""
     digest: str = ""
     """Of the resolved spec."""
     started: datetime | None = None
@@ -101,6 +104,8 @@ class StudyResults:
     total: int
     """Trials in all once the study is complete."""
     manifest: dict[str, Any] = field(default_factory=dict)
+    ablation: Ablation | None = None
+    """The arms that it compares, if it compares some."""
 
     def having(self, *states: State) -> list[TrialView]:
         """The trials in one of `states`."""
@@ -112,9 +117,9 @@ class StudyResults:
         return len(self.having(*FINISHED)) >= self.total
 
     def ranked(self) -> list[TrialView]:
-        """Complete trials, best first by the first objective."""
+        """Complete trials, best first by the first objective; those that only tune are left out."""
         goal = self.goals[0]
-        scored = [trial for trial in self.having("complete") if goal.metric in trial.metrics]
+        scored = [t for t in self.having("complete") if goal.metric in t.metrics and t.role != "tune"]
         sign = 1 if goal.direction == "minimize" else -1
         return sorted(scored, key=lambda trial: (sign * trial.metrics[goal.metric], trial.number))
 
@@ -161,6 +166,7 @@ def read_study(folder: Path, finished: dict[int, TrialView] | None = None, stora
         trials=[trials[number] for number in sorted(trials)],
         total=int(manifest.get("trials", search.get("trials", 0))),
         manifest=manifest,
+        ablation=read_ablation(study, manifest),
     )
 
 
@@ -199,10 +205,11 @@ def read_trial(folder: Path) -> TrialView | None:
         params=said.get("params", {}),
         values=said.get("values", {}),
         metrics={name: value for name, value in metrics.items() if isinstance(value, (int, float))},
-        tags=result.get("tags") or said.get("tags", {}),
+        tags={**result.get("tags", {}), **said.get("tags", {})},
         reason=reason,
         folder=folder,
         label=said.get("label", ""),
+        role=said.get("role", ""),
         digest=said.get("digest", ""),
         started=_time(said.get("started") or result.get("started")),
         ended=_time(result.get("ended")),

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -122,16 +121,11 @@ class Study:
         """The architectures that an ablation compares, in the order of the file; empty for other studies."""
         return list(self.ablation.arms) if self.ablation else []
 
-    def cell(self, arm: str, seed: int, values: Mapping[str, float] = MappingProxyType({})) -> RunSpec:
-        """The run of one arm with one seed, its budget solved; `values` are tuned ones, such as `train.lr`.
-
-        Raises InputError for an arm that is none, and when nothing meets the budget.
-        """
+    def cell(self, arm: str, seed: int, values: Mapping[str, float] | None = None, role: str = "cell") -> RunSpec:
+        """See `Ablation.cell`."""
         if self.ablation is None:
             raise InputError(f"study {self.name!r} has no arms")
-        run = self.ablation.arm(arm).run
-        train = run.train.model_copy(update={path.removeprefix("train."): value for path, value in values.items()})
-        return run.model_copy(update={"seed": seed, "train": train})
+        return self.ablation.cell(arm, seed, values or {}, role)
 
     def size(self) -> int | None:
         """Number of points, or None when there are infinitely many; cells of an ablation."""

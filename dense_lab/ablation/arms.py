@@ -88,6 +88,19 @@ class Ablation:
             raise InputError(f"no arm named {name!r}.{did_you_mean(name, self.by_name)}")
         return self.by_name[name]
 
+    def cell(self, arm: str, seed: int, values: Mapping[str, float], role: str) -> RunSpec:
+        """The run of one arm with one seed, its budget solved; `values` are tuned ones, such as `train.lr`.
+
+        In the role `tune` it is as long as tuning runs are, and is not tested: nothing is selected on the test split.
+        Raises InputError for an arm that is none, and when nothing meets the budget.
+        """
+        run = self.arm(arm).run
+        changed: dict[str, Any] = {path.removeprefix("train."): value for path, value in values.items()}
+        if role == "tune" and self.tune:
+            changed |= {"tokens": self.tune.tokens or run.train.tokens, "test_tokens": 0, "checkpoints": 0}
+        train = type(run.train).model_validate(run.train.model_dump() | changed)
+        return run.model_copy(update={"seed": seed, "train": train})
+
     @property
     def metric(self) -> str:
         """The metric that arms are compared by."""
@@ -98,6 +111,16 @@ class Ablation:
         """How arms are compared, as JSON, with the metric and its direction decided."""
         decided = {"metric": self.metric, "direction": direction(self.metric)}
         return self.spec.analysis.model_dump(mode="json") | decided
+
+    def as_json(self) -> dict[str, Any]:
+        """What is stored of it for readers, see `dense_lab.ablation.results`."""
+        return {
+            "baseline": self.baseline,
+            "arms": {arm.name: arm.overrides for arm in self.arms},
+            "seeds": list(self.spec.seeds),
+            "analysis": self.analysis(),
+            "tune": self.tune.model_dump(mode="json") if self.tune else None,
+        }
 
 
 def wanted(tree: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -11,6 +11,7 @@ from dense_lab.cli import options
 
 if TYPE_CHECKING:
     from dense_lab.search import Outcome
+    from dense_lab.space import Study
 
 
 @click.command("search")
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
 @options.overrides
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes that train at once.")
 @click.option("--trials", type=click.IntRange(1), help="Trials in all, instead of what the study says.")
+@click.option("--reuse", multiple=True, metavar="FOLDER", type=click.Path(path_type=Path), help="Folder of another "
+    "study; finished trials of the very same spec are taken over from it. May be given several times.")
+@click.option("--until-decided", "until", flag_value="decided", default="seeds", help="After the study's seeds, add "
+    "more to the arms that are undecided.")
+@click.option("--max-seeds", default=20, show_default=True, type=click.IntRange(2), help="At most, with "
+    "--until-decided.")
 @options.device
+@options.allow_unverified
 @options.runs
 @click.option("--storage", metavar="URL", help="Database that other machines share [SQLite in the study's folder].")
 @click.option("--mlflow", "mlflow_uri", metavar="URI", help="MLflow tracking URI, or `none` [SQLite in the folder].")
@@ -28,7 +36,11 @@ def command(
     overrides: tuple[str, ...],
     workers: int,
     trials: int | None,
+    reuse: tuple[Path, ...],
+    until: Literal["decided", "seeds"],
+    max_seeds: int,
     device: str,
+    allow: Literal["verified", "unverified"],
     runs: Path,
     storage: str | None,
     mlflow_uri: str | None,
@@ -42,11 +54,14 @@ def command(
     loaded.check_sizes()
     from dense_lab.cli.live import Display
     from dense_lab.search import search
+    from dense_lab.verification import ensure
+
+    ensure((loaded.point(point) for point in loaded.covering()), device, allow)
 
     console = options.console()
     folder = runs / loaded.name
     if not as_json:
-        console.print(f"{loaded.name}: {len(loaded.space)} open values, {workers} workers, into {folder}")
+        console.print(f"{loaded.name}: {_what(loaded)}, {workers} workers, into {folder}")
     with Display(console, loaded.search.objective[0].metric) as display:
         outcome = search(
             loaded,
@@ -57,10 +72,19 @@ def command(
             trials=trials,
             mlflow_uri=mlflow_uri,
             on_progress=None if as_json else display.update,
+            reuse=reuse,
+            max_seeds=max_seeds if until == "decided" else None,
         )
     _tell(outcome, folder, as_json)
     if outcome.exit_code:
         raise click.exceptions.Exit(outcome.exit_code)
+
+
+def _what(study: Study) -> str:
+    if study.ablation is None:
+        return f"{len(study.space)} open values"
+    tuned = ", each tuned first" if study.ablation.tune else ""
+    return f"{len(study.arms())} arms x {len(study.ablation.spec.seeds)} seeds{tuned}"
 
 
 def _tell(outcome: Outcome, folder: Path, as_json: bool) -> None:

@@ -1,23 +1,26 @@
-"""A search from beginning to end, or from where it was left."""
+"""A search or an ablation from beginning to end, or from where it was left."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from dense_lab.ablation.cells import CellPlan
 from dense_lab.errors import InputError, MachineError
 from dense_lab.files import FileLock, read_json
 from dense_lab.results import StudyResults, TrialView, read_study
 from dense_lab.search import ledger as book
-from dense_lab.search import manifest, storage
+from dense_lab.search import data, looking, manifest, process, storage
+from dense_lab.search import reuse as shelves
 from dense_lab.search.ledger import Ledger
+from dense_lab.search.plan import Plan
 from dense_lab.search.progress import Progress, snapshot
 from dense_lab.search.project import Projector
 from dense_lab.search.supervise import Supervisor
@@ -52,6 +55,20 @@ class Outcome:
         return int(bool(finished) and all(trial.state == "failed" for trial in finished))
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a call of `search` says besides the study and its folder."""
+
+    workers: int = 1
+    storage: str | None = None
+    device: str = "auto"
+    trials: int | None = None
+    mlflow_uri: str | None = None
+    train: Train | None = None
+    reuse: tuple[Path, ...] = ()
+    max_seeds: int | None = None
+
+
 def search(
     study: Study,
     folder: Path,
@@ -63,48 +80,47 @@ def search(
     mlflow_uri: str | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     train: Train | None = None,
+    reuse: Sequence[Path] = (),
+    max_seeds: int | None = None,
 ) -> Outcome:
     """Run `study` in `folder`, or go on with it, until it has all its trials; a complete study trains nothing.
 
-    `workers` processes share the machine's cores. `storage` is the URL of a database that other machines share; the
-    default is SQLite in the folder. `trials` is their number in all, resumed ones included; by default what the study
-    says. `mlflow_uri` is a tracking URI, `none`, or by default a database in the folder. `on_progress` is called about
-    four times a second. `train` replaces `dense_lab.training.train`; it has to be importable.
+    `workers` processes share the machine's cores and GPUs. `storage` is the URL of a database that other machines
+    share; the default is SQLite in the folder. `trials` is their number in all, resumed ones included; by default what
+    the study says. `mlflow_uri` is a tracking URI, `none`, or by default a database in the folder. `on_progress` is
+    called about four times a second. `train` replaces `dense_lab.training.train`; it has to be importable.
+    `reuse` names folders of other studies: a trial of theirs that has finished is taken over where this study has the
+    very same spec in the same role. With `max_seeds`, arms that are undecided after the study's seeds get more, up to
+    so many, see `dense_lab.statistics.sequential`.
 
     Ctrl-C once leaves the running trials to be run again; twice does so at once. Raises InputError when the folder
-    holds another study, MachineError when the machine, the storage or another search of this folder is in the way.
+    holds another study or the data cannot be prepared, MachineError when the machine, the storage or another search of
+    this folder is in the way.
     """
     if workers < 1:
         raise InputError(f"--workers {workers}: expected at least 1")
+    shelves.check(reuse, folder)
+    options = Options(workers, storage, device, trials, mlflow_uri, train, tuple(p.resolve() for p in reuse), max_seeds)
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "search.lock")
     if not lock.acquire(wait=False):
         raise MachineError(f"{folder}: another search is running this study. Wait for it, or stop it with Ctrl-C")
     try:
-        return _Search(study, folder, workers, storage, device, trials, mlflow_uri, train).run(on_progress)
+        return _Search(study, folder, options).run(on_progress)
     finally:
         lock.release()
 
 
 class _Search:
-    def __init__(
-        self,
-        study: Study,
-        folder: Path,
-        workers: int,
-        url: str | None,
-        device: str,
-        trials: int | None,
-        mlflow_uri: str | None,
-        train: Train | None,
-    ) -> None:
-        self.folder = folder
-        self.uri = mlflow_uri or default_uri(folder)
-        self.plan = manifest.plan(study, trials)
-        manifest.write(study, folder, self.plan, storage=url, mlflow=mlflow_uri)
+    def __init__(self, study: Study, folder: Path, options: Options) -> None:
+        self.space, self.folder, self.options = study, folder, options
+        self.uri = options.mlflow_uri or default_uri(folder)
+        self.plan = manifest.plan(study, folder, options.trials)
+        self.looks = looking.Looks.of(study, folder, options.max_seeds)
+        manifest.write(study, folder, self.plan, storage=options.storage, mlflow=options.mlflow_uri)
         digest = read_json(folder / manifest.MANIFEST)["digest"]
-        url, shared = url or storage.default_url(folder), url is not None
+        url, shared = options.storage or storage.default_url(folder), options.storage is not None
         self.ledger = Ledger(*storage.create_study(url, study.name, study.search.objective, digest), shared=shared)
         self.job = Job(
             index=0,
@@ -112,28 +128,58 @@ class _Search:
             plan=self.plan,
             url=url,
             shared=shared,
-            device=device,
-            threads=max(1, _cores() // workers),
+            device=options.device,
+            gpus=process.visible_gpus(os.environ) if options.train is None else (),
+            threads=process.threads(os.environ, options.workers),
             plugin_files=study.registry.files,
             directory=Path.cwd(),
             environment=dict(os.environ),
-            train=train,
+            train=options.train,
+            reuse=options.reuse,
         )
-        self.supervisor = Supervisor(self.job, workers, self.ledger)
+        self.supervisor = Supervisor(self.job, options.workers, self.ledger)
         self._seen: dict[int, TrialView] = {}
 
     def run(self, on_progress: Callable[[Progress], None] | None) -> Outcome:
         self.supervisor.settle()
         before = book.finished(self.ledger.trials())
-        if not self.supervisor.may_start():
+        if not self._extended() and not self.supervisor.may_start():
             return self._outcome(before, self._project_rest())
+        if self.options.train is None:
+            data.prepare(self.space)
         projector = self._projector()
-        with _interrupts(self.supervisor.stop):
+        with _interrupts(self._stop):
             try:
-                self.supervisor.run(lambda: on_progress(self._snapshot()) if on_progress else None)
+                self._train(on_progress)
             finally:
                 missing = projector.finish(MLFLOW_PATIENCE) if projector else ""
         return self._outcome(before, missing)
+
+    def _train(self, on_progress: Callable[[Progress], None] | None) -> None:
+        """Until the plan is done, and what is added to it while arms are undecided."""
+        while True:
+            self.supervisor.run(lambda: on_progress(self._snapshot()) if on_progress else None)
+            if self.supervisor.stopping or not self._extended():
+                return
+
+    def _extended(self) -> bool:
+        """Whether cells were added, because all there were have been trained and arms are undecided still."""
+        if self.looks is None or not isinstance(self.plan, CellPlan) or self.supervisor.may_start():
+            return False
+        plan = self.looks.extended(self.plan, read_study(self.folder, storage=self.job.url))
+        if plan is None:
+            return False
+        self.plan = plan
+        asked = len(self.space.arms()) * self.looks.first
+        added = [[cell.arm, cell.seed] for cell in plan.cells if cell.role == "cell"][asked:]
+        looks = [self.looks.first, self.looks.maximum]
+        manifest.update(self.folder, trials=plan.total, added=added, looks=looks)
+        self.job = replace(self.job, plan=plan)
+        self.supervisor = Supervisor(self.job, self.options.workers, self.ledger)
+        return True
+
+    def _stop(self) -> None:
+        self.supervisor.stop()
 
     def _snapshot(self) -> Progress:
         return snapshot(read_study(self.folder, self._seen, self.job.url), self.supervisor.size)
@@ -156,9 +202,11 @@ class _Search:
     def _outcome(self, before: int, missing: str) -> Outcome:
         trained = book.finished(self.ledger.trials()) - before
         stopped = self.supervisor.stopping
-        exhausted = not stopped and before + trained < self.plan.total
+        exhausted = not stopped and isinstance(self.plan, Plan) and before + trained < self.plan.total
         if exhausted:
-            manifest.set_total(self.folder, before + trained)
+            manifest.update(self.folder, trials=before + trained)
+        if isinstance(self.plan, CellPlan) and self.plan.tuning():
+            manifest.update(self.folder, tuned=self.plan.choices(self.ledger))
         message = self._message(before, trained, stopped=stopped, exhausted=exhausted)
         results = read_study(self.folder, storage=self.job.url)
         return Outcome(results, trained, stopped, message, missing)
@@ -190,8 +238,3 @@ def _interrupts(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

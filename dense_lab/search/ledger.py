@@ -41,6 +41,12 @@ def end(trial: FrozenTrial) -> dict[str, Any]:
     return said
 
 
+def cell(trial: FrozenTrial) -> dict[str, Any]:
+    """Which cell of an ablation the trial is, see `dense_lab.ablation.cells`; empty in a search."""
+    said: dict[str, Any] = trial.user_attrs.get("cell", {})
+    return said
+
+
 def deaths(trial: FrozenTrial) -> int:
     """How often the trial's worker has died, this attempt included if it failed without an outcome."""
     died = trial.state.name == "FAIL" and not trial.user_attrs.get("stopped")
@@ -72,12 +78,13 @@ def finished(trials: Iterable[FrozenTrial]) -> int:
     return sum(standing(trial) == "finished" for trial in latest(trials).values())
 
 
-def twin(trials: Iterable[FrozenTrial], digest: str, own_root: int) -> FrozenTrial | None:
-    """The trial that is training or has trained the spec of this digest already; finished ones first."""
+def twin(trials: Iterable[FrozenTrial], digest: str, own: FrozenTrial) -> FrozenTrial | None:
+    """The trial that is training or has trained the spec of this digest already, in the same role; finished first."""
     same = [
         trial
         for number, trial in latest(trials).items()
-        if claim(trial).get("digest") == digest and number != own_root and standing(trial) in ("running", "finished")
+        if claim(trial).get("digest") == digest and number != root(own) and standing(trial) in ("running", "finished")
+        if (cell(trial).get("role"), cell(trial).get("arm")) == (cell(own).get("role"), cell(own).get("arm"))
     ]
     return min(same, key=lambda trial: (standing(trial) == "running", trial.number), default=None)
 
@@ -169,8 +176,13 @@ class Ledger:
         """Queue every lost trial again, with the same parameters; returns their roots."""
         lost = [trial for trial in latest(self.trials()).values() if standing(trial) == "lost"]
         for trial in lost:
-            self.study.enqueue_trial(wanted(trial), {"retry_of": root(trial), "deaths": deaths(trial)})
+            said = {"cell": cell(trial)} if cell(trial) else {}
+            self.study.enqueue_trial(wanted(trial), {"retry_of": root(trial), "deaths": deaths(trial), **said})
         return [root(trial) for trial in lost]
+
+    def enqueue_cell(self, said: dict[str, Any]) -> None:
+        """Queue a cell of an ablation."""
+        self.study.enqueue_trial({}, {"cell": said})
 
     def enqueue(self, points: Iterable[dict[str, Any]]) -> None:
         """Queue a trial at each point."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dense_lab.ablation.cells import params_of, tags_of
 from dense_lab.errors import DenseLabError
 from dense_lab.results import State, TrialView
 from dense_lab.search import ledger as book
@@ -28,19 +29,21 @@ def remote_trials(url: str, name: str) -> list[TrialView]:
 
 
 def _view(number: int, trial: FrozenTrial) -> TrialView:
-    end, claim = book.end(trial), book.claim(trial)
+    end, claim, cell = book.end(trial), book.claim(trial), book.cell(trial)
     state: State = end.get("state", "failed")
     if book.standing(trial) == "running":
         state = "interrupted" if liveness(claim.get("owner")) == "dead" else "running"
     return TrialView(
         number=number,
         state=state,
-        params=trial.params,
+        params=params_of(cell) if cell else trial.params,
         metrics=end.get("metrics", {}),
-        tags=end.get("tags", {}),
+        tags={**end.get("tags", {}), **(tags_of(cell) if cell else {})},
         reason=end.get("reason") or trial.user_attrs.get("interrupted", ""),
         values={},
         folder=None,
+        label=cell.get("arm", ""),
+        role=cell.get("role", ""),
         digest=claim.get("digest", ""),
         started=trial.datetime_start.astimezone() if trial.datetime_start else None,
         ended=trial.datetime_complete.astimezone() if trial.datetime_complete else None,

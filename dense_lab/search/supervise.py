@@ -18,7 +18,8 @@ from dense_lab.results import TRIALS
 from dense_lab.search import ending
 from dense_lab.search import ledger as book
 from dense_lab.search.ledger import Ledger
-from dense_lab.search.worker import LEDGER_LOCK, Job, main
+from dense_lab.search.process import main
+from dense_lab.search.worker import LEDGER_LOCK, Job
 
 TICK = 0.25
 """Seconds between two looks at the workers."""

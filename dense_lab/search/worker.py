@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dense_lab.ablation import cells
 from dense_lab.errors import DenseLabError, MachineError
 from dense_lab.files import FileLock, read_json, read_lines, write_json, write_text
 from dense_lab.results import FINISHED, TRIAL_FILE, TRIALS, TrialView, read_trial
@@ -19,10 +17,12 @@ from dense_lab.search import ledger as book
 from dense_lab.search.manifest import STUDY_JSON
 from dense_lab.search.owner import this_process
 from dense_lab.search.plan import Plan
+from dense_lab.search.reuse import Shelf, take
 
 if TYPE_CHECKING:
     import optuna
 
+    from dense_lab.ablation.cells import CellPlan
     from dense_lab.search.stopping import Stop
     from dense_lab.space import Parameter
     from dense_lab.study import RunSpec
@@ -40,12 +40,14 @@ class Job:
     index: int
     folder: Path
     """Of the study, which is read from there."""
-    plan: Plan
+    plan: Plan | CellPlan
     url: str
     """Of Optuna's storage."""
     shared: bool
     """Whether other machines use the storage too."""
     device: str
+    gpus: tuple[str, ...]
+    """Those that may be used, as `CUDA_VISIBLE_DEVICES` names them; shared out among the workers."""
     threads: int
     plugin_files: tuple[Path, ...]
     directory: Path
@@ -53,37 +55,12 @@ class Job:
     environment: dict[str, str]
     train: Train | None
     """None for `dense_lab.training.train`."""
+    reuse: tuple[Path, ...] = ()
+    """Folders of other studies whose finished trials may be taken over."""
 
 
 class Settled(Exception):
     """Ends a trial that has no value to tell: it failed, or it repeats one that is being trained."""
-
-
-def main(job: Job, parent: Connection) -> None:
-    """Entry point of the process."""
-    from dense_lab.search.stopping import Stop
-
-    stop = Stop(parent)
-    _redirect(job.folder / "logs" / f"worker-{job.index}.log")
-    # The server that this process was forked from keeps the folder and the environment it was once started in.
-    os.chdir(job.directory)
-    os.environ.clear()
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(job.threads))
-    os.environ.update(job.environment | threads)
-    try:
-        Worker(job, stop).run()
-    # Not a trial's fault: the study or a plugin cannot be loaded, the machine lacks something. The parent says so.
-    except DenseLabError as error:
-        parent.send(error)
-        sys.exit(error.exit_code)
-
-
-def _redirect(log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os.close(descriptor)
 
 
 class Worker:
@@ -106,7 +83,7 @@ class Worker:
         self.study.pruner = pruner(self.search)
         self.ledger = book.Ledger(self.study, storage, shared=job.shared)
         self.train = job.train or _trainer()
-        self.device = _device(job)
+        self.shelf = Shelf(job.reuse)
 
     def run(self) -> None:
         """Train until there is nothing left to be started, or until asked to stop."""
@@ -132,9 +109,10 @@ class Worker:
     def _objective(self, trial: optuna.Trial) -> list[float]:
         root = int(trial.user_attrs.get("retry_of", trial.number))
         folder = self.job.folder / TRIALS / f"{root:04d}"
+        cell = trial.user_attrs.get("cell", {})
         try:
-            params, spec, problem = self._close(trial)
-            copied = self._copy(trial, root, spec)
+            params, spec, problem = self._cell(cell) if cell else self._close(trial)
+            copied = self._copy(trial, spec)
             if copied is not None:
                 return copied
             self._sign(trial, root, folder, params, spec)
@@ -144,6 +122,7 @@ class Worker:
             raise self._failed(trial, folder, problem)
         values = {**self.space.leaves(spec, params), **params}
         write_json(folder / TRIAL_FILE, {**read_json(folder / TRIAL_FILE), "values": values})
+        self._reuse(folder)
         return self._trained(trial, spec, folder)
 
     def _close(self, trial: optuna.Trial) -> tuple[dict[str, Any], RunSpec | None, str]:
@@ -164,14 +143,25 @@ class Worker:
             return trial.params, None, str(error)
         return trial.params, spec, ""
 
-    def _copy(self, trial: optuna.Trial, root: int, spec: RunSpec | None) -> list[float] | None:
+    def _cell(self, cell: dict[str, Any]) -> tuple[dict[str, Any], RunSpec | None, str]:
+        """The same of a cell of an ablation."""
+        params = cells.params_of(cell)
+        if "failed" in cell:
+            return params, None, cell["failed"]
+        try:
+            return params, self.space.cell(cell["arm"], cell["seed"], cell["values"], cell["role"]), ""
+        except DenseLabError as error:
+            return params, None, str(error)
+
+    def _copy(self, trial: optuna.Trial, spec: RunSpec | None) -> list[float] | None:
         """What is known of this spec already; None when the trial has to be trained."""
         import optuna
 
         if spec is None:
             return None
         digest = self._digest(spec)
-        twin = book.twin(self.ledger.trials(), digest, root)
+        trials = self.ledger.trials()
+        twin = book.twin(trials, digest, trials[trial.number])
         if twin is None:
             return None
         trial.set_user_attr("copy_of", book.root(twin))
@@ -201,7 +191,20 @@ class Worker:
             # A trial that goes on after an interruption keeps its clock, which MLflow's timestamps are made of.
             "started": read_json(folder / TRIAL_FILE).get("started") or ending.now(),
         }
+        if cell := trial.user_attrs.get("cell"):
+            said |= {"label": cell["arm"], "role": cell["role"], "tags": cells.tags_of(cell)}
+            said |= {"tuned": cell["tuned"]} if "tuned" in cell else {}
         write_json(folder / TRIAL_FILE, said)
+
+    def _reuse(self, folder: Path) -> None:
+        """Take over what another study has trained of this very spec, if there is any."""
+        said = read_json(folder / TRIAL_FILE)
+        known = self.shelf.find(said["digest"], said.get("role", ""))
+        if known is not None and not ending.has_ended(folder):
+            origin = take(known, folder)
+            began = read_json(folder / "result.json")["started"]
+            tags = {**said.get("tags", {}), "reused_from": origin}
+            write_json(folder / TRIAL_FILE, {**said, "started": began, "reused_from": origin, "tags": tags})
 
     def _trained(self, trial: optuna.Trial, spec: RunSpec, folder: Path) -> list[float]:
         import optuna
@@ -213,7 +216,7 @@ class Worker:
                     self.train(
                         spec,
                         folder,
-                        device=self.device,
+                        device=self.job.device,
                         threads=self.job.threads,
                         on_evaluation=self._judge(trial, folder),
                         should_stop=lambda: self.stop.requested,
@@ -287,13 +290,3 @@ def _trainer() -> Train:
 
     trainer: Train = train
     return trainer
-
-
-def _device(job: Job) -> str:
-    """Several GPUs are shared out among the workers."""
-    if job.train is None and job.device == "auto":
-        import torch
-
-        if torch.cuda.device_count() > 1:
-            return f"cuda:{job.index % torch.cuda.device_count()}"
-    return job.device

@@ -47,7 +47,7 @@ def tags(study: StudyResults, trial: TrialView) -> dict[str, str]:
     plugins = trial.spec.get("plugins") or {}
     found = {
         **trial.tags,
-        "role": "trial",
+        "role": trial.role or "trial",
         "study": study.name,
         "study_digest": study.digest,
         "trial": str(trial.number),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dense_lab.search.engine import _Search
+from dense_lab.search.engine import Options, _Search
 from dense_lab.search.worker import Worker
 from dense_lab.space import Study
 
@@ -33,9 +33,9 @@ def study(tmp_path: Path, text: str, search: str = "") -> Study:
 class Here:
     """A search without processes and without MLflow."""
 
-    def __init__(self, study: Study, folder: Path, train, trials: int | None = None, storage: str | None = None):
+    def __init__(self, study: Study, folder: Path, train, **options):
         folder.mkdir(parents=True, exist_ok=True)
-        self.search = _Search(study, folder, 1, storage, "cpu", trials, "none", train)
+        self.search = _Search(study, folder, Options(device="cpu", mlflow_uri="none", train=train, **options))
         self.ledger, self.folder = self.search.ledger, folder
 
     def run(self):
