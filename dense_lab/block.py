@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dense_lab.dense import DenseConnection, DenseSpec
 from dense_lab.errors import InputError
-from dense_lab.modules import CoreModule, Recurrence, State, StateReads, StateSite, Stream, Streams
+from dense_lab.modules import CoreModule, RawStreams, Recurrence, State, StateReads, StateSite, Stream, Streams
 from dense_lab.norms import Dropout, RMSNorm
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Past(NamedTuple):
     """What later layers may read of a layer in one pass."""
 
     streams: Streams
-    """Raw, before fusion."""
+    """Before fusion; on a GPU some are as `project` gave them, see `Block.raw`."""
     recurrence: Recurrence | None
     """None unless a later layer reads the state."""
 
@@ -51,6 +51,9 @@ class Block(nn.Module):
         """Those of them at which states are read."""
         self.streams_read: set[str] = set()
         """Names of the streams that later layers read."""
+        self.raw: set[str] = set()
+        """Names of the streams that a GPU leaves as `project` gives them to all layers that read them, see
+        `leave_raw`."""
         self.state_readers = 0
         """How many later layers read the state."""
         ffn = (spec.ffn or model.ffn).build(model.width)
@@ -64,13 +67,8 @@ class Block(nn.Module):
         later layers may read."""
         x, h = drop.add(x, y, self.norm)
         own, unfused = state if isinstance(state, FusedState) else (state, None)
-        streams, before = self.core.project(h, own)
-        past = {name: streams[name] for name in self.streams_read}
-        connected = {site: layers for site, layers in self.reads.items() if site not in self.state_sites}
-        if connected:
-            raw, streams = streams, dict(streams)
-            for site, layers in connected.items():
-                streams[site] = self.dense[site](h, raw[site], [history[i].streams[site] for i in layers])
+        raw, before = self.core.project(h, own)
+        streams, past = self._connected(h, raw, history)
         y, after = self._mix(h, streams, before, history)
         recurrence = self.core.recurrence(streams, before, after) if self.state_readers else None
         if recurrence is not None and self._fuses_its_state():
@@ -79,6 +77,28 @@ class Block(nn.Module):
             x, h = drop.add(x, y, self.ffn_norm)
             y = self.ffn(h)
         return x, y, after, Past(past, recurrence)
+
+    def _connected(self, h: Tensor, raw: Streams, history: Sequence[Past]) -> tuple[Streams, Streams]:
+        """Streams with the sources fused in, and those that later layers read."""
+        left = self._left_raw(h)
+        connected = {site: layers for site, layers in self.reads.items() if site not in self.state_sites}
+        streams = self.core.finished(raw, besides=left & connected.keys())
+        past = {name: (raw if name in left else streams)[name] for name in self.streams_read}
+        for site, layers in connected.items():
+            connection, sources = self.dense[site], tuple(history[i].streams[site] for i in layers)
+            if site not in left:
+                streams[site] = connection(h, streams[site], sources)
+                continue
+            stream = next(stream for stream in self.core.streams if stream.name == site)
+            fused, own = connection.fuse_raw(h, RawStreams(raw[site], sources, stream))  # type: ignore[operator]
+            streams[site] = fused
+            if site in past:
+                past[site] = own
+        return streams, past
+
+    def _left_raw(self, x: Tensor) -> set[str]:
+        # A CPU finishes streams once, for all that read them.
+        return self.raw if x.is_cuda else set()
 
     def _mix(self, h: Tensor, streams: Streams, state: State, history: Sequence[Past]) -> tuple[Tensor, State]:
         if not self.state_sites:
@@ -125,7 +145,21 @@ def connect(blocks: Sequence[Block], index: int, dense: DenseSpec, model: ModelS
                 blocks[i].state_readers += 1
                 _check_sizes(site, index, place, i)  # type: ignore[arg-type]
         widths = [place.width for place in sources.values()] or [site.width]
-        block.dense[site.name] = DenseConnection(dense, site, model.width, widths, model.norm_eps)
+        block.dense[site.name] = dense.build(site, model.width, widths, model.norm_eps)
+
+
+def leave_raw(blocks: Sequence[Block]) -> None:
+    """Find the streams that no layer need see finished before its own fusion: all layers do the same to them, and all
+    their connections can finish what they read."""
+    declared: dict[str, set[Stream]] = {}
+    for block in blocks:
+        for stream in block.core.streams:
+            declared.setdefault(stream.name, set()).add(stream._replace(width=0, dense=True))
+    connected = [(name, block.dense[name]) for block in blocks for name in block.reads if name in declared]
+    refused = {name for name, connection in connected if not connection.takes_raw()}  # type: ignore[operator]
+    chosen = {name for name, _ in connected if len(declared[name]) == 1} - refused
+    for block in blocks:
+        block.raw = chosen & {stream.name for stream in block.core.streams}
 
 
 def _counterpart(site: Stream | StateSite, core: CoreModule) -> Stream | StateSite | None:

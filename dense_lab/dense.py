@@ -24,7 +24,19 @@ from torch import Tensor
 
 from dense_lab.components import FusionSlot, PatternSlot, Spec, TransitionSlot
 from dense_lab.errors import InputError, did_you_mean
-from dense_lab.modules import CoreModule, GateModule, Selected, StateConnection, StateSite, Stream, activated
+from dense_lab.maps import linear_maps
+from dense_lab.modules import (
+    CoreModule,
+    GateModule,
+    RawFusionModule,
+    RawGate,
+    RawStreams,
+    Selected,
+    StateConnection,
+    StateSite,
+    Stream,
+    activated,
+)
 from dense_lab.norms import RMSNorm
 from dense_lab.units import Size
 
@@ -60,6 +72,12 @@ class DenseSpec(Spec):
             return handler({"span": 0})
         spec = handler({} if value == "densessm" else value)
         return handler({"span": 0}) if spec.span == 0 and len(spec.model_fields_set) > 1 else spec
+
+    def build(
+        self, site: Stream | StateSite, x_width: int, source_widths: Sequence[int], eps: float
+    ) -> DenseConnection:
+        """The connection of one site of one layer."""
+        return DenseConnection(self, site, x_width, source_widths, eps)
 
     def chosen_sites(self, core: CoreModule) -> tuple[Stream | StateSite, ...]:
         """The places of a core that are connected; raises InputError for a name the core does not offer."""
@@ -106,6 +124,23 @@ class DenseConnection(StateConnection):
         selected: Selected = self.transition(x, sources)
         fused: Tensor = self.fusion(own, selected, self.norm)
         return fused
+
+    def takes_raw(self) -> bool:
+        """Whether `fuse_raw` can be called."""
+        return isinstance(self.fusion, RawFusionModule) and self.transition.scaling() is not None
+
+    def fuse_raw(self, x: Tensor, raw: RawStreams) -> tuple[Tensor, Tensor]:
+        """As `forward` on what `project` gave; also gives own as it came, see `RawFusionModule.fuse_raw`."""
+        gate = self.transition.scaling()
+        if gate is None or not isinstance(self.fusion, RawFusionModule):
+            raise TypeError(f"{type(self.fusion).__name__} takes finished streams only")
+        weights, hidden, factors = gate.bottleneck(), None, ()
+        if weights is None:
+            factors = gate(x)
+        else:
+            (hidden,) = linear_maps(x, weights[:1])
+        second = None if weights is None or hidden is None else weights[1].to(hidden.dtype)
+        return self.fusion.fuse_raw(raw, RawGate(factors, hidden, second, gate.activation), self.norm)
 
     def gates(self, x: Tensor, sources: int) -> tuple[Tensor, ...] | None:
         """Activated gates [B, T, W], one per source, when the connection is own + sum of gate * source, else None."""

@@ -14,7 +14,7 @@ from pydantic import SerializerFunctionWrapHandler, model_serializer, model_vali
 from torch import Tensor, nn
 
 from dense_lab import registry as registries
-from dense_lab.block import Block, Past, connect
+from dense_lab.block import Block, Past, connect, leave_raw
 from dense_lab.components import CoreSlot, FFNSlot, Spec
 from dense_lab.corpus import IGNORED
 from dense_lab.dense import DenseSpec
@@ -109,6 +109,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(layer, spec) for layer in layers)  # type: ignore[assignment]
         for index, layer in enumerate(layers):
             connect(self.blocks, index, layer.dense or spec.dense, spec)
+        leave_raw(self.blocks)
         self.norm = RMSNorm(spec.width, spec.norm_eps)
         self.head = nn.Linear(spec.width, vocab_size, bias=False)
         if spec.head == "tied":
@@ -171,7 +172,9 @@ class LanguageModel(nn.Module):
         """
         with torch.random.fork_rng(devices=[]):
             for name, module in _children_first(self):
-                torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1)
+                # Not torch.manual_seed, which also seeds every kind of device: 1 ms, for thousands of modules.
+                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+                torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
                 _initialise(module, self.spec.init, self._writers)
         return self
 

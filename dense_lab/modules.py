@@ -6,7 +6,7 @@ State is explicit, in and out, always: `None` stands for the zero state before t
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,15 @@ class Stream(NamedTuple):
     width: int
     dense: bool = False
     """Whether later layers may read it and this layer may fuse earlier ones into it."""
+    activation: Activation = "none"
+    scale: float = 1.0
+    """What `project` leaves to be done: the stream is scale * activation(what it gives). A fusion may do it in its own
+    pass over memory."""
+
+    def finished(self, raw: Tensor) -> Tensor:
+        """The stream [B, T, width] from what `project` gives."""
+        stream = activated(raw, self.activation)
+        return stream if self.scale == 1 else stream * self.scale
 
 
 class StateSite(NamedTuple):
@@ -109,7 +118,12 @@ class CoreModule(nn.Module):
 
     @abstractmethod
     def project(self, x: Tensor, state: State) -> tuple[Streams, State]:
-        """Per-token tensors of x [B, T, width], and the state with whatever this half carries moved on."""
+        """Per-token tensors of x [B, T, width], each as its `Stream` declares, and the state with whatever this half
+        carries moved on."""
+
+    def finished(self, raw: Streams, besides: Collection[str] = ()) -> Streams:
+        """What `mix` reads, from what `project` gives; the streams named `besides` stay raw."""
+        return raw | {s.name: s.finished(raw[s.name]) for s in self.streams if s.name not in besides}
 
     @abstractmethod
     def mix(self, streams: Streams, state: State) -> tuple[Tensor, State]:
@@ -131,7 +145,7 @@ class CoreModule(nn.Module):
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         """The core without dense connections."""
         streams, state = self.project(x, state)
-        return self.mix(streams, state)
+        return self.mix(self.finished(streams), state)
 
     def undecayed(self) -> set[str]:
         """Names of parameters (relative to this module) that weight decay leaves alone, besides norms, biases."""
@@ -174,6 +188,10 @@ class GateModule(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """() for no gate, one tensor [B, T, W] shared by all sources, or one for each, before the activation."""
 
+    def bottleneck(self) -> tuple[Tensor, Tensor] | None:
+        """Weights [R, x_width] and [W, R], if all there is to this gate is second(silu(first(x))), shared."""
+        return None
+
 
 class TransitionModule(nn.Module):
     """phi of one site of one layer."""
@@ -196,6 +214,36 @@ class FusionModule(nn.Module):
     @abstractmethod
     def forward(self, own: Tensor, selected: Selected, norm: nn.RMSNorm | None) -> Tensor:
         """The fused stream [B, T, W], normalised at the end when `norm` is given."""
+
+
+class RawFusionModule(FusionModule):
+    """A fusion that can finish the streams itself (`Stream.finished`), in its own pass over memory."""
+
+    @abstractmethod
+    def fuse_raw(self, raw: RawStreams, gate: RawGate, norm: nn.RMSNorm | None) -> tuple[Tensor, Tensor]:
+        """The fused stream [B, T, W], and the layer's own as it came, for later layers: what they do with it enters
+        its gradient in this fusion's own pass."""
+
+
+class RawStreams(NamedTuple):
+    """What is to be fused, as `project` gave it."""
+
+    own: Tensor
+    sources: tuple[Tensor, ...]
+    """m tensors [B, T, W], whose `Stream` is like that of own."""
+    stream: Stream
+
+
+class RawGate(NamedTuple):
+    """The factor of the sources, before its activation: from `factors`, or second(silu(hidden))."""
+
+    factors: tuple[Tensor, ...]
+    """As a `GateModule` gives them."""
+    hidden: Tensor | None
+    """[B, T, R]"""
+    second: Tensor | None
+    """[W, R]"""
+    activation: Activation
 
 
 def normalised(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:

@@ -125,7 +125,10 @@ def test_low_precision_is_computed_in_float32(impl: str, dtype: torch.dtype) -> 
         ({"activation": "tanh"}, "activation must be one of none, silu, sigmoid, got 'tanh'"),
         ({"eps": -1.0}, "eps must be >= 0 and scale > 0, got -1.0 and 1.0"),
         ({"scale": 0.0}, "eps must be >= 0 and scale > 0, got 1e-06 and 0.0"),
-        ({"gate": Bottleneck(torch.zeros(3, 23, 5), torch.zeros(37, 4))}, r"gate.weight must have shape \[W, R\] .*R=5"),
+        (
+            {"gate": Bottleneck(torch.zeros(3, 23, 5), torch.zeros(37, 4))},
+            r"gate.weight must have shape \[W, R\] .*R=5",
+        ),
         ({"own": torch.tensor(1.0)}, r"own must have shape \[..., W\]"),
     ],
 )

@@ -69,7 +69,7 @@ def test_rotated_queries_and_keys(layer: Golden, dtype: torch.dtype) -> None:
     """With the scale of k and without the normaliser's part of q."""
     core = build_layer(layer, dtype)
     with torch.no_grad():
-        streams, _ = core.project(layer["x"].to(dtype), None)
+        streams = core.finished(core.project(layer["x"].to(dtype), None)[0])
     q, k = (streams[name].unflatten(-1, (core.heads, -1)) for name in ("q", "k"))
     for got, name in ((rotate(q), "qr"), (rotate(k), "kr")):
         expected = layer[name].transpose(1, 2)

@@ -35,7 +35,6 @@ from dense_lab_kernels._triton import (
     unsupported_place,
 )
 from dense_lab_kernels._tuned import chosen
-
 from dense_lab_kernels.dense_fuse.reference import Bottleneck
 from dense_lab_kernels.dense_fuse.triton_kernels import backward_kernel, forward_kernel, step_kernel
 
@@ -66,7 +65,7 @@ def _forward_blocks(width: int) -> _Blocks:
     return chosen(_OPERATION, f"forward W{block}", rule, {"rows": (1, 2, 4), "warps": (1, 2, 4, 8)})
 
 
-def _backward_blocks(width: int, row_bytes: int, gates: str) -> _Blocks:
+def _backward_blocks(width: int, row_bytes: int, gates: str, stream: str = "none") -> _Blocks:
     """Registers allow few programs per processor, so the next row blocks are fetched while one is computed.
 
     row_bytes: read per row from all streams together. Three stages while two row blocks fit shared memory (two stages
@@ -76,13 +75,18 @@ def _backward_blocks(width: int, row_bytes: int, gates: str) -> _Blocks:
     block = power_of_2(width)
     rows = max(1, 1024 // block)
     warps = {1024: 4, 2048: 8, 4096: 8, 8192: 16}.get(rows * block, 32)
-    programs = {1024: 5, 2048: 2}.get(rows * block, 1)
+    programs = {1024: 5 if stream == "none" else 4, 2048: 2}.get(rows * block, 1)  # Slopes of streams take registers.
     fetched = 2 * rows * row_bytes * block // width * programs
     stages = 3 if gates != "each" and fetched <= 160 * 1024 else 1
     if stages == 1 and rows * block == 4096:
         programs = 2
-    rule = _Blocks(rows, block, warps, stages, programs, registers=96 if programs == 5 else None)
-    return chosen(_OPERATION, f"backward W{block}, gates {gates}", rule, {"stages": (1, 2, 3), "programs": (1, 2, 4)})
+    rule = _Blocks(rows, block, warps, stages, programs, registers={5: 96, 4: 128}.get(programs))
+    return chosen(
+        _OPERATION,
+        f"backward W{block}, gates {gates}, streams {stream}",
+        rule,
+        {"stages": (1, 2, 3), "programs": (1, 2, 4)},
+    )
 
 
 class _Options(NamedTuple):
@@ -119,7 +123,7 @@ class _Problem(NamedTuple):
         """Launch choices of the backward, whose gradient comes in the dtype of own."""
         width = self.own.shape[1]
         row_bytes = width * sum(t.element_size() for t in (self.own, self.own, *self.sources, *self.gates))
-        return _backward_blocks(width, row_bytes, self.flags["GATES"])
+        return _backward_blocks(width, row_bytes, self.flags["GATES"], self.options.stream)
 
     def source_gradients(self, read: bool) -> int:
         """How many of them are written; `read`: own is read by later layers too, so that its gradient is another."""
@@ -164,9 +168,7 @@ def _forward_launch(problem: _Problem, out: Any, inverse_rms: Any) -> Launch:
     return Launch(forward_kernel, arguments, {**problem.flags, **sizes})
 
 
-def _backward_launch(
-    problem: _Problem, grads: tuple[Any, Any], inverse_rms: Any, results: tuple[Any, ...]
-) -> Launch:
+def _backward_launch(problem: _Problem, grads: tuple[Any, Any], inverse_rms: Any, results: tuple[Any, ...]) -> Launch:
     """grads: of the result, and of own as later layers read it."""
     own, sources, gates, weight, options = problem
     blocks = problem.backward_blocks()
@@ -230,7 +232,7 @@ class _DenseFuse(torch.autograd.Function):
             factors = (narrow @ gates[1].t(),)
         problem = _problem(own, streams[: cut.sources], gates if narrow is None else factors, weight, options)
         out = torch.empty_like(own, memory_format=torch.contiguous_format)
-        rows, width = problem.own.shape
+        rows = len(problem.own)
         inverse_rms = None if weight is None else torch.empty(rows, dtype=torch.float32, device=own.device)
         first, read = _forward_launch(problem, out, inverse_rms), cut.own == "read"
         with torch.cuda.device_of(own):
@@ -329,9 +331,7 @@ def _step_blocks(width: int, inner: int) -> tuple[int, int, int]:
     return block, inner, cdiv(width, block)
 
 
-def _step(
-    own: Tensor, sources: Sequence[Tensor], gate: Bottleneck, weight: Tensor | None, options: _Options
-) -> Tensor:
+def _step(own: Tensor, sources: Sequence[Tensor], gate: Bottleneck, weight: Tensor | None, options: _Options) -> Tensor:
     rows, hidden = _as_rows(own), _as_rows(gate.hidden)
     streams = tuple(map(_as_rows, sources))
     width, inner = rows.shape[1], hidden.shape[1]
@@ -391,7 +391,7 @@ def _sm90_case(
         signature = {**streams, "out": pointer, "inverse_rms": scratch, **sizes, "eps": "fp32", "scale": "fp32"}
     else:
         row_bytes = width * (2 + m + n) * (4 if dtype == "fp32" else 2)
-        blocks, kernel = _backward_blocks(width, row_bytes, gates), backward_kernel
+        blocks, kernel = _backward_blocks(width, row_bytes, gates, stream), backward_kernel
         read = pointer if kind == "backward-read" else absent
         d_own = pointer if norm or stream != "none" else absent
         d_sources = (pointer,) * m if stream != "none" or n > 1 else gate

@@ -42,7 +42,7 @@ class GAURetNet(Core):
 class GAURetNetModule(RetentionCore):
     """See GAURetNet."""
 
-    query_activation = "silu"
+    query_activation = stream_activation = "silu"
 
     def __init__(self, width: int, keys: int, values: int, heads: int, eps: float):
         super().__init__(width, keys, values, heads, RMSNorm(values // heads, eps))
@@ -52,8 +52,7 @@ class GAURetNetModule(RetentionCore):
         self.hidden_proj = nn.Linear(width, 2 * values, bias=False)
 
     def project(self, x: Tensor, state: RetentionState | None) -> tuple[Streams, RetentionState | None]:
-        """k (scaled) and v of x [B, T, width] after silu; q and g before it, since the other half applies it."""
-        silu = nn.functional.silu
+        """q, k, v and g of x [B, T, width], all before silu; that of q and g belongs to the other half."""
         maps = (self.q_proj.weight, self.k_proj.weight, self.hidden_proj.weight)
         q, k, v, g = linear_maps(x, maps, (1, 1, 2))
-        return {"q": q, "k": silu(k) * self.scale, "v": silu(v), "g": g}, state
+        return {"q": q, "k": k, "v": v, "g": g}, state

@@ -41,16 +41,18 @@ class RetentionCore(CoreModule):
     """
 
     query_activation: Literal["none", "silu"] = "none"
+    stream_activation: Literal["none", "silu"] = "none"
+    """Of k and v, which `project` gives before it, and k before its scale too."""
 
     def __init__(self, width: int, keys: int, values: int, heads: int, norm: RMSNorm):
         """`keys` and `values` count all heads; `norm` acts on the V values of a head."""
         super().__init__()
         self.heads = heads
-        self.scale = (keys // heads) ** -0.5
+        activation = self.stream_activation
         self.streams = (
             Stream("q", keys),
-            Stream("k", keys, dense=True),
-            Stream("v", values, dense=True),
+            Stream("k", keys, dense=True, activation=activation, scale=(keys // heads) ** -0.5),
+            Stream("v", values, dense=True, activation=activation),
             Stream("g", values),
         )
         sizes = {"heads": heads, "key width of a head": keys // heads}

@@ -47,7 +47,7 @@ class RetNetModule(RetentionCore):
         self.g_proj = nn.Linear(width, values, bias=False)
 
     def project(self, x: Tensor, state: RetentionState | None) -> tuple[Streams, RetentionState | None]:
-        """q, k (scaled), v and g (before silu) of x [B, T, width]."""
+        """q, k (before its scale), v and g (before silu) of x [B, T, width]."""
         maps = (self.q_proj, self.k_proj, self.v_proj, self.g_proj)
         q, k, v, g = linear_maps(x, [linear.weight for linear in maps])
-        return {"q": q, "k": k * self.scale, "v": v, "g": g}, state
+        return {"q": q, "k": k, "v": v, "g": g}, state

@@ -34,3 +34,10 @@ class MapGates(GateModule):
         """`count` tensors [B, T, W], before the activation."""
         gates: Tensor = self.map(x)
         return tuple(gates.chunk(self.count, -1)) if self.count > 1 else (gates,)
+
+    def bottleneck(self) -> tuple[Tensor, Tensor] | None:
+        """See `GateModule.bottleneck`."""
+        if self.count > 1 or not isinstance(self.map, nn.Sequential):
+            return None
+        first, _, second = self.map
+        return first.weight, second.weight
