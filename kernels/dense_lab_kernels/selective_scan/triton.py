@@ -12,6 +12,7 @@ the sources.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, processors, unsupported_place
 from dense_lab_kernels.selective_scan import triton_backward as backward
 from dense_lab_kernels.selective_scan import triton_forward as forward
+from dense_lab_kernels.selective_scan import triton_gradients as gradients
 
 __all__ = ["selective_scan", "sm90_cases", "unsupported"]
 
@@ -68,6 +70,9 @@ class Plan(NamedTuple):
     ahead: int  # 1: while at one of them, it asks the L2 cache for the next
     splits: int  # parts of a group's channels, and
     span: int  # tiles, that one replaying program takes
+    back: int  # tokens of a walk back that gives all gradients; 0: tiles are replayed apart
+    chunk: int  # states that it takes at a time
+    unroll: int
 
     @property
     def segments(self) -> int:
@@ -117,9 +122,16 @@ def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units:
     spans = max(1, min(tiles, max(32, 256 // batch), math.ceil(programs / (batch * groups * splits))))
     return Plan(
         batch, tokens, channels, states, padded, groups, sources, **options,
-        block=block, tile=tile, stages=3, segment=segment, tile_block=tile_block, ahead=1,
-        splits=splits, span=math.ceil(tiles / spans),
-    )  # fmt: skip
+        block=block, tile=tile, stages=3, segment=segment, tile_block=tile_block, ahead=0,
+        splits=splits, span=math.ceil(tiles / spans), back=0, chunk=0, unroll=1,
+    )._replace(**_chosen(segment, sources))  # fmt: skip
+
+
+def _chosen(segment: int, sources: int) -> dict[str, int]:
+    """Launch choices from the environment, to compare them: `DENSE_LAB_SCAN=walk`."""
+    if os.environ.get("DENSE_LAB_SCAN") != "walk":
+        return {}
+    return {"back": segment, "tile": _TILE, "chunk": 4 if sources == 0 else 2}
 
 
 def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -197,10 +209,11 @@ def _walk_grid(plan: Plan, segments: int) -> tuple[int, int, int]:
 def _join(plan: Plan, inputs: _Inputs, states: Tensor, crossed: Tensor, spans: Tensor, first: Tensor, end: str) -> None:
     """Turn the segments' own contributions into the states they start from; `first` becomes what is left at the end."""
     width = 128
+    segments = states.shape[2]
     grid = (math.ceil(plan.channels * plan.states / width), plan.batch)
     flags = plan.flags()
     inputs.run(
-        forward.join, grid, states, crossed, spans, inputs.A, first, plan.channels, plan.states, plan.segments,
+        forward.join, grid, states, crossed, spans, inputs.A, first, plan.channels, plan.states, segments,
         CARRIED=flags["CARRIED"], BACKWARD=end == "backward", M=plan.sources, WIDTH=width, num_warps=4,
     )  # fmt: skip
 
@@ -242,9 +255,9 @@ def _adjoint(
         inputs.run(
             backward.adjoint, _walk_grid(plan, plan.segments),
             tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), inputs.A, inputs.bias,
-            entry, dz if plan.gated else grad, ends, last,
+            entry, dz if plan.gated else grad, ends, last, last,
             plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.segment,
-            **plan.flags(), HAS_Z=plan.gated, OUTPUT=output, M=plan.sources,
+            **plan.flags(), HAS_Z=plan.gated, OUTPUT=output, SUMS=False, M=plan.sources,
             BLOCK=plan.block, TILE=plan.tile, STAGES=plan.stages, num_warps=1,
         )  # fmt: skip
 
@@ -263,6 +276,76 @@ def _restore(plan: Plan, inputs: _Inputs, kept: Tensor) -> Tensor:
     restored = torch.empty(plan.states_of(plan.tiles), device=kept.device)
     _walk(plan, inputs, kept, {"kept": restored}, segment=_KEPT, every=plan.tile)
     return restored
+
+
+def _segment_ends(plan: Plan, inputs: _Inputs, grad: Tensor, final: Tensor, saved: dict[str, Tensor]) -> Tensor:
+    """Gradients [m + 1, B, segments, N, D] of the states at the end of every segment of the walk back."""
+    segments = math.ceil(plan.tokens / plan.back)
+    if segments == 1:
+        return final.unsqueeze(2)
+    entry = torch.empty(plan.states_of(segments), device=grad.device)
+    spans = torch.empty((plan.sources + 1, plan.batch, segments, plan.channels), device=grad.device)
+    tokens = (*inputs.dt, *inputs.gates, grad, *((inputs.z,) if plan.gated else ()))
+    tables = inputs.shared[-1:]
+    inputs.run(
+        backward.adjoint, _walk_grid(plan, segments),
+        tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), inputs.A, inputs.bias,
+        torch.zeros_like(entry), grad, entry, entry, spans,
+        plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.back,
+        **plan.flags(), HAS_Z=plan.gated, OUTPUT=False, SUMS=True, M=plan.sources,
+        BLOCK=plan.block, TILE=plan.tile, STAGES=plan.stages, num_warps=1,
+    )  # fmt: skip
+    _join(plan, inputs, entry, saved.get("crossed", entry), spans, final.clone(), "backward")
+    return entry
+
+
+def _walk_back(
+    plan: Plan, inputs: _Inputs, tensors: tuple[Tensor | None, ...], saved: dict[str, Tensor],
+    grad: Tensor, final: Tensor,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of the flat arguments, from one walk back over all streams."""
+    ends = _segment_ends(plan, inputs, grad, final, saved)
+    segments, streams, device = ends.shape[2], plan.sources + 1, grad.device
+    kept = _restore(plan, inputs, saved["kept"])
+    grid = _walk_grid(plan, segments)
+    kind = grad.dtype if all(t.dtype == grad.dtype for t in (*inputs.u, *inputs.dt, *inputs.gates)) else torch.float32
+    du, ddt = (torch.empty((streams, *grad.shape), dtype=kind, device=device) for _ in range(2))
+    dgate = torch.empty((plan.sources, *grad.shape), dtype=kind, device=device)
+    dz = torch.empty(grad.shape, dtype=inputs.z.dtype, device=device) if plan.gated else None
+    sums = torch.empty(
+        (streams + 1, grid[0] // plan.groups, plan.batch, plan.groups, plan.tokens, plan.states), device=device
+    )
+    dA = torch.empty((streams, plan.batch * segments, plan.states, plan.channels), device=device)
+    dchannel = torch.empty((streams + 1, plan.batch * segments, plan.channels), device=device)
+    tokens = (*inputs.u, *inputs.dt, *inputs.gates, grad, *((inputs.z, saved["raw"]) if plan.gated else ()))
+    inputs.run(
+        gradients.gradients, grid,
+        tokens, _strides(tokens), inputs.shared, _shared_strides(inputs.shared, plan.groups),
+        inputs.A, inputs.bias, inputs.skip, kept, ends, du, ddt, dgate, grad if dz is None else dz,
+        sums, dA, dchannel,
+        plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.groups, plan.back,
+        **plan.flags(), HAS_Z=plan.gated, HAS_SKIP=plan.skip, M=plan.sources,
+        BLOCK=plan.block, TILE=plan.tile, CHUNK=plan.chunk, UNROLL=plan.unroll, num_warps=1,
+    )  # fmt: skip
+    dA, dchannel, sums = dA.sum(1).mT, dchannel.sum(1), sums.sum(1).transpose(2, 3)
+    found: list[Tensor | None] = []
+    for i in range(streams):
+        like = tensors[3] if i == 0 else tensors[9 + 7 * (i - 1) + 3]
+        dB = _regroup(sums[i], like)
+        if i == 0:
+            dC = _regroup(sums[streams], tensors[4])
+            found += [du[0], ddt[0], dA[0], dB, dC, dchannel[0], dz, dchannel[1], ends[0, :, 0].mT]
+        else:
+            found += [du[i], ddt[i], dA[i], dB, dchannel[i + 1], dgate[i - 1], ends[i, :, 0].mT]
+    return found
+
+
+def _regroup(total: Tensor, like: Tensor) -> Tensor:
+    """[B, T, G, N] -> the gradient of a B or C with its own number of groups."""
+    own, groups = like.shape[2], total.shape[2]
+    if own != groups:
+        total = total.unflatten(2, (own, groups // own)).sum(3)
+    return total.to(like.dtype)
 
 
 class _Parts:
@@ -340,7 +423,10 @@ def _run_backward(
     grad: Tensor, finals: tuple[Tensor, ...],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the flat arguments, from those of the output and the final states."""
-    dz, ends, initial = _adjoint(plan, inputs, grad, torch.stack(finals).float().mT.contiguous(), saved)
+    final = torch.stack(finals).float().mT.contiguous()
+    if plan.back:
+        return _walk_back(plan, inputs, tensors, saved, grad, final)
+    dz, ends, initial = _adjoint(plan, inputs, grad, final, saved)
     kept = _restore(plan, inputs, saved["kept"])
     found: list[Tensor | None] = []
     for stream in range(plan.sources + 1):

@@ -89,8 +89,9 @@ def adjoint(
     dz,  # [B, T, D]
     kept,  # [m + 1, B, ceil(T / TILE), N, D]: the states' gradients at the end of every tile
     last,  # [m + 1, B, segments, N, D]: the states' gradients at the start of every segment
+    spans,  # [m + 1, B, segments, D]: sums of dt
     T, D, N, per_group, segment,
-    CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, OUTPUT: tl.constexpr,
+    CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, OUTPUT: tl.constexpr, SUMS: tl.constexpr,
     M: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment back for BLOCK channels of one batch element; grid (channel blocks, B, segments)."""
@@ -104,8 +105,9 @@ def adjoint(
     begin = piece * segment
     end = tl.minimum(begin + segment, T)
 
-    s, rate, biases = (), (), ()
+    s, rate, biases, sums = (), (), (), ()
     for i in tl.static_range(M + 1):
+        sums = sums + (tl.zeros([BLOCK], tl.float32),)
         s = s + (load_states(entry + piece_offset(i, piece, segments, D, N), offsets, tile_mask),)
         rate = rate + (load_states(A + i * D * N, offsets, tile_mask),)
         biases = biases + (tl.load(bias + i * D + channel, mask=exists, other=0.0),)
@@ -133,16 +135,20 @@ def adjoint(
         own, own_start = walk_back(decays(rate[0], step, rows[0]), inflow, s[0], j, TILE, True)
         if CARRIED:
             inflow = own
-        starts = (own_start,)
+        starts, totals = (own_start,), (sums[0] + tl.sum(step, axis=0),)
         for i in tl.static_range(1, M + 1):
             gate = rows[M + i].to(tl.float32)[:, None, :]
             other_step = tl.where(live, activate(rows[i].to(tl.float32) + biases[i][None, :], SOFTPLUS), 0.0)
             other_a = decays(rate[i], other_step, rows[i])
             _gradients, start = walk_back(other_a, gate * inflow, s[i], j, TILE, True)
             starts = starts + (start,)
-        s = starts
+            totals = totals + (sums[i] + tl.sum(other_step, axis=0),)
+        s, sums = starts, totals
     for i in tl.static_range(M + 1):
         tl.store(last + piece_offset(i, piece, segments, D, N) + offsets, s[i], mask=tile_mask)
+        if SUMS:
+            span = ((i * tl.num_programs(1) + batch) * segments + piece) * D
+            tl.store(spans + span + channel, sums[i], mask=exists)
 
 
 @triton.jit
