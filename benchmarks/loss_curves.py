@@ -5,7 +5,7 @@
     python benchmarks/loss_curves.py --draw runs/bench/loss_curves.json docs/figures/loss_curves.svg
 
 Each core, plain and with dense connections, is trained by what "auto" chooses and by `kernels: {every operation:
-reference}`, with the same weights, data and precision; two further seeds (of weights and data) say what noise is, and one
+reference}`, with the same weights, data and precision. Two further seeds (of weights and data) say what noise is; one
 run with kernels whose weights begin half a rounding away says what rounding alone does in so many steps. Text: the
 Python source of the standard library, in bytes. The exit code is 1 when a difference exceeds the noise of seeds.
 """
