@@ -163,6 +163,27 @@ class CoreTests(ComponentTests):
         got = torch.autograd.grad(first.square().sum() + second.square().sum(), x)[0]
         assert relative_difference(got, expected) < 100 * ROUNDING
 
+    def test_states_join_alike_in_every_form(self, component: Core) -> None:
+        """At each state site: pieces and single tokens give what one pass gives; causal; every gate gets a gradient."""
+        from dense_lab.model import ModelSpec
+
+        for site in component.build(self.width).state_sites:
+            dense = {"span": 2, "sites": (site.name,)}
+            tree = {"width": self.width, "depth": 3, "core": component.model_dump(), "dense": dense}
+            model, ids = seeded(ModelSpec.model_validate(tree).build(7)), torch.arange(2 * 9).view(2, 9) % 7
+            assert model.blocks[2].reads == {site.name: (1, 0)}
+            logits = model(ids)
+            for pieces in ([1] * 9, [4, 5], [3, 1, 5]):
+                state, found = None, []
+                for piece in ids.split(pieces, 1):
+                    out = model.run(piece, state)
+                    state = out.state
+                    found.append(out.logits)
+                assert relative_difference(torch.cat(found, 1), logits) < ROUNDING, (site.name, pieces)
+            assert relative_difference(model(torch.cat([ids[:, :5], ids[:, :4]], 1))[:, :5], logits[:, :5]) < ROUNDING
+            logits.square().mean().backward()
+            assert all(p.grad is not None and bool(p.grad.any()) for p in model.blocks[2].dense.parameters()), site.name
+
     def test_builds_without_memory(self, component: Core) -> None:
         """`dense-lab show` counts on the meta device."""
         with torch.device("meta"):
