@@ -59,6 +59,8 @@ class TrialView:
     """The arm's name in an ablation, otherwise empty."""
     role: str = ""
     """In an ablation `cell`, or `tune` for a trial that a learning rate is chosen by."""
+    tuned: dict[str, float] = field(default_factory=dict)
+    """Of a cell whose arm was tuned: the values chosen, by dotted path."""
     digest: str = ""
     """Of the resolved spec."""
     started: datetime | None = None
@@ -210,6 +212,7 @@ def read_trial(folder: Path) -> TrialView | None:
         folder=folder,
         label=said.get("label", ""),
         role=said.get("role", ""),
+        tuned=said.get("tuned", {}).get("values", {}),
         digest=said.get("digest", ""),
         started=_time(said.get("started") or result.get("started")),
         ended=_time(result.get("ended")),

@@ -294,5 +294,3 @@ def _check_different(arms: list[Arm]) -> None:
             found.append(Problem(message, f"arms.{arm.name}", arm.where))
     if found:
         raise InputError(found)
-
-

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from dense_lab import space_frozen as frozen
 from dense_lab.errors import Problem
-from dense_lab.study import plugins_used
 
 if TYPE_CHECKING:
     from dense_lab.ablation.arms import Ablation
@@ -22,6 +21,8 @@ NOT_MEANT = ("dense_lab", "seed")
 
 def resolved(ablation: Ablation, registry: Registry) -> dict[str, Any]:
     """What arms mean, as JSON: what they share under `fixed`, the rest by arm; how they are tuned; plugins."""
+    from dense_lab.study import plugins_used
+
     plugins: dict[str, str] = {}
     for arm in ablation.arms:
         plugins |= plugins_used(arm.spec.run(), registry)
@@ -35,7 +36,7 @@ def resolved(ablation: Ablation, registry: Registry) -> dict[str, Any]:
 def _meaning(arm: Any) -> dict[str, Any]:
     budget = arm.spec.budget.model_dump(mode="json") if arm.spec.budget else {}
     # What the budget decides is no part of what was asked for.
-    decided = {*NOT_MEANT} | ({"model.width"} if budget else set())
+    decided = {*NOT_MEANT} | ({"model.width"} if arm.spec.budget and "width" in arm.spec.budget.solve else set())
     own = {path: value for path, value in arm.leaves.items() if path not in decided}
     return own | {f"budget.{path}": value for path, value in budget.items()}
 

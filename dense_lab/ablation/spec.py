@@ -89,7 +89,11 @@ class AblationSpec(Spec):
     """The architectures compared: name and what it changes in the study, by dotted path."""
     baseline: str | None = None
     """Name of the arm that the others are compared with; needed with `arms`."""
-    seeds: Annotated[tuple[Size, ...], BeforeValidator(_numbered), Field(json_schema_extra={"x-also": {"type": "integer", "minimum": 1}})] = (0, 1, 2, 3, 4)
+    seeds: Annotated[
+        tuple[Size, ...],
+        BeforeValidator(_numbered),
+        Field(json_schema_extra={"x-also": {"type": "integer", "minimum": 1}}),
+    ] = (0, 1, 2, 3, 4)
     """Every arm is trained with each of them; a number n stands for 0 to n - 1."""
     ablate: AblateSpec | None = None
     """Instead of `arms` and `baseline`: arms made from the study's open values."""

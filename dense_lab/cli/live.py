@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from dense_lab.units import human
 
 if TYPE_CHECKING:
     from dense_lab.search import Progress
+    from dense_lab.search.progress import ArmProgress
 
 
 class Display:
@@ -51,7 +52,7 @@ class Display:
         parts += [f"{progress.pruned} pruned"] * bool(progress.pruned) + [f"{progress.failed} failed"] * bool(
             progress.failed
         )
-        if progress.best:
+        if progress.best and not progress.arms:
             parts.append(f"best {self.metric} {progress.best.metrics[self.metric]:.4f} (trial {progress.best.number})")
         if progress.seconds_left:
             parts.append(f"{duration(progress.seconds_left)} left")
@@ -73,14 +74,38 @@ class Display:
                 "" if one.tokens_per_second is None else human(one.tokens_per_second),
                 short(one.trial),
             )
+        if progress.arms:
+            return Group(head, arms_table(progress.arms, progress.metric, most=max(4, self.console.height - 12)), table)
         best = Text(
             f"best: {short(progress.best)}" if progress.best else "", style="green", overflow="ellipsis", no_wrap=True
         )
         return Group(head, table, best)
 
 
+def arms_table(arms: Sequence[ArmProgress], metric: str, most: int = 1000) -> Table:
+    """The arms of an ablation with their cells and their mean so far; of more than `most` those at work."""
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
+    tuned = [path for arm in arms[:1] for path in arm.tuned] or sorted({path for arm in arms for path in arm.tuned})
+    table.add_column("arm", no_wrap=True, overflow="ellipsis")
+    for column in ("cells", f"mean {metric}", *(path.removeprefix("train.") for path in tuned)):
+        table.add_column(column, justify="right", no_wrap=True)
+    busy = [arm for arm in arms if arm.done + arm.failed < arm.cells]
+    shown = arms if len(arms) <= most else (busy or list(arms))[:most]
+    for arm in shown:
+        failed = f", {arm.failed} failed" if arm.failed else ""
+        mean = "" if arm.mean is None else f"{arm.mean:.4f}"
+        values = (f"{arm.tuned[path]:g}" if path in arm.tuned else "" for path in tuned)
+        table.add_row(arm.name, f"{arm.done}/{arm.cells}{failed}", mean, *values)
+    if len(shown) < len(arms):
+        table.add_row(f"and {len(arms) - len(shown)} others")
+    return table
+
+
 def short(trial: TrialView) -> str:
-    """A trial in one line: its label, or `retnet heads=4, densessm span=2 gate=mlp, lr=0.0077`."""
+    """A trial in one line: its arm and seed, or `retnet heads=4, densessm span=2 gate=mlp, lr=0.0077`."""
+    if trial.label and trial.role:
+        rest = {path: value for path, value in trial.params.items() if path != "arm"}
+        return ", ".join(filter(None, (trial.label, "tuning" if trial.role == "tune" else "", brief(rest))))
     return trial.label or brief(trial.params)
 
 

@@ -19,12 +19,24 @@ if TYPE_CHECKING:
 @options.overrides
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes that train at once.")
 @click.option("--trials", type=click.IntRange(1), help="Trials in all, instead of what the study says.")
-@click.option("--reuse", multiple=True, metavar="FOLDER", type=click.Path(path_type=Path), help="Folder of another "
-    "study; finished trials of the very same spec are taken over from it. May be given several times.")
-@click.option("--until-decided", "until", flag_value="decided", default="seeds", help="After the study's seeds, add "
-    "more to the arms that are undecided.")
-@click.option("--max-seeds", default=20, show_default=True, type=click.IntRange(2), help="At most, with "
-    "--until-decided.")
+@click.option(
+    "--reuse",
+    multiple=True,
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Folder of another "
+    "study; finished trials of the very same spec are taken over from it. May be given several times.",
+)
+@click.option(
+    "--until-decided",
+    "until",
+    flag_value="decided",
+    default="seeds",
+    help="After the study's seeds, add more to the arms that are undecided.",
+)
+@click.option(
+    "--max-seeds", default=20, show_default=True, type=click.IntRange(2), help="At most, with --until-decided."
+)
 @options.device
 @options.allow_unverified
 @options.runs
@@ -92,10 +104,10 @@ def _tell(outcome: Outcome, folder: Path, as_json: bool) -> None:
         told = {"message": outcome.message, "trained": outcome.trained, "stopped": outcome.stopped}
         options.print_json({**told, "mlflow": outcome.mlflow, "folder": str(folder)})
         return
-    from dense_lab.cli.status import print_leaderboard
+    from dense_lab.cli.status import print_findings
 
     console = options.console()
-    print_leaderboard(outcome.results, top=10)
+    print_findings(outcome.results, top=10)
     for trial in outcome.results.having("failed"):
         console.print(f"trial {trial.number} failed: {trial.reason}", style="red", markup=False)
     console.print(f"{outcome.results.name}: {outcome.message}")

@@ -31,7 +31,7 @@ def command(study: Path | None, runs: Path, top: int, as_json: bool) -> None:
         return
     console = options.console()
     console.print(_sentence(results))
-    print_leaderboard(results, top)
+    print_findings(results, top)
     for trial in results.having("failed"):
         console.print(f"trial {trial.number} failed: {trial.reason}", style="red", markup=False)
 
@@ -51,6 +51,7 @@ def _all(runs: Path, as_json: bool) -> None:
 
 def _summary(results: StudyResults) -> dict[str, Any]:
     from dense_lab.results import State
+    from dense_lab.search.progress import arms
 
     best = results.best
     return {
@@ -60,6 +61,7 @@ def _summary(results: StudyResults) -> dict[str, Any]:
         "total": results.total,
         **{state: len(results.having(state)) for state in get_args(State)},
         "best": _as_dict(best) if best else None,
+        **({"arms": [vars(arm) for arm in arms(results)]} if results.ablation else {}),
     }
 
 
@@ -68,7 +70,7 @@ def _sentence(results: StudyResults) -> str:
     states = ", ".join(f"{counts[s]} {s}" for s in ("pruned", "failed", "running", "interrupted") if counts[s])
     text = f"{results.name}: {counts['complete']} of {results.total} trials complete"
     text += f", {states}" if states else ""
-    if results.best:
+    if results.best and not results.ablation:
         metric = results.goals[0].metric
         text += f"; best {metric} {results.best.metrics[metric]:.4f} (trial {results.best.number})"
     return text
@@ -79,11 +81,24 @@ def _as_dict(trial: TrialView) -> dict[str, Any]:
         "number": trial.number,
         "state": trial.state,
         "reason": trial.reason,
+        "arm": trial.label,
+        "role": trial.role,
         "params": trial.params,
         "metrics": trial.metrics,
         "digest": trial.digest,
         "folder": str(trial.folder) if trial.folder else None,
     }
+
+
+def print_findings(results: StudyResults, top: int) -> None:
+    """The arms of an ablation, or the best trials of a search."""
+    if results.ablation is None:
+        print_leaderboard(results, top)
+        return
+    from dense_lab.cli.live import arms_table
+    from dense_lab.search.progress import arms
+
+    options.console().print(arms_table(arms(results), results.ablation.analysis.metric))
 
 
 def print_leaderboard(results: StudyResults, top: int) -> None:

@@ -23,9 +23,13 @@ def prepare(study: Study) -> None:
             corpus = source.prepare()
         except InputError as error:
             place = study.document.where(("data",))
-            raise InputError(replace(p, path=p.path or "data", where=p.where or place) for p in error.problems) from None
+            raise InputError(
+                replace(p, path=p.path or "data", where=p.where or place) for p in error.problems
+            ) from None
         if study.ablation and study.ablation.metric.startswith("test/") and corpus.tokens("test") == 0:
-            message = f"{study.ablation.metric} is to be compared, but the data has no test split: give it one, or write "
+            message = (
+                f"{study.ablation.metric} is to be compared, but the data has no test split: give it one, or write "
+            )
             raise InputError(message + "`analysis: {metric: valid/loss}`")
 
 

@@ -16,8 +16,8 @@ from dense_lab.ablation.cells import CellPlan
 from dense_lab.errors import InputError, MachineError
 from dense_lab.files import FileLock, read_json
 from dense_lab.results import StudyResults, TrialView, read_study
-from dense_lab.search import ledger as book
 from dense_lab.search import data, looking, manifest, process, storage
+from dense_lab.search import ledger as book
 from dense_lab.search import reuse as shelves
 from dense_lab.search.ledger import Ledger
 from dense_lab.search.plan import Plan

@@ -37,20 +37,20 @@ class Looks:
         seeds = study.ablation.spec.seeds
         if not 2 <= len(seeds) <= maximum:
             raise InputError(
-                f"--max-seeds {maximum}: the study begins with {len(seeds)} seeds; it takes 2 to begin with, and as many "
-                "or more in all"
+                f"--max-seeds {maximum}: the study begins with {len(seeds)} seeds; it takes 2 to begin with, and as "
+                "many or more in all"
             )
         before = read_json(folder / "manifest.json").get("looks")
         if before and before != [len(seeds), maximum]:
             raise InputError(
-                f"this study is looked at after {before[0]} to {before[1]} seeds: that was fixed when the first seed was "
-                f"added, and keeps the error rate. Go on with `seeds: {before[0]}` and --max-seeds {before[1]}"
+                f"this study is looked at after {before[0]} to {before[1]} seeds: that was fixed when the first seed "
+                f"was added, and keeps the error rate. Go on with `seeds: {before[0]}` and --max-seeds {before[1]}"
             )
         rest = (seed for seed in range(max(seeds) + 1, max(seeds) + 1 + maximum - len(seeds)))
         return cls(len(seeds), maximum, (*seeds, *rest))
 
     def extended(self, plan: CellPlan, results: StudyResults) -> CellPlan | None:
-        """The plan with another seed for each arm that is undecided, and for the baseline; None when all are decided."""
+        """The plan with another seed for undecided arms and for the baseline; None when there is nothing to add."""
         from dense_lab.statistics.sequential import undecided
 
         ablation = results.ablation

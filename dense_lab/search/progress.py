@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import fmean
 
+from dense_lab.ablation.results import cells
 from dense_lab.results import FINISHED, StudyResults, TrialView
 
 
@@ -19,6 +21,22 @@ class Running:
     loss: float | None
     """Latest loss in nats per token: of the validation if there was one, else of the training batch."""
     tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class ArmProgress:
+    """An arm of an ablation so far."""
+
+    name: str
+    done: int
+    """Cells that are complete."""
+    failed: int
+    cells: int
+    """Of the arm in all, as far as is known."""
+    mean: float | None
+    """Of what arms are compared by, over the cells that are complete; None before the first."""
+    tuned: dict[str, float]
+    """What tuning has chosen, by dotted path."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,10 @@ class Progress:
     best: TrialView | None
     seconds_left: float | None
     """Estimate; None before the first trial has finished."""
+    arms: tuple[ArmProgress, ...] = ()
+    """Of an ablation, in the order of the study."""
+    metric: str = ""
+    """What its arms are compared by."""
 
     @property
     def finished(self) -> int:
@@ -56,6 +78,30 @@ def snapshot(study: StudyResults, workers: int) -> Progress:
         running=running,
         best=study.best,
         seconds_left=_seconds_left(study, running, workers),
+        arms=arms(study),
+        metric=study.ablation.analysis.metric if study.ablation else "",
+    )
+
+
+def arms(study: StudyResults) -> tuple[ArmProgress, ...]:
+    """How each arm of an ablation is doing; empty for a search."""
+    if study.ablation is None:
+        return ()
+    values = cells(study, study.ablation.analysis.metric)
+    added = Counter(arm for arm, _ in study.manifest.get("added", []))
+    mine = [trial for trial in study.trials if trial.role == "cell"]
+    failed = Counter(trial.label for trial in mine if trial.state == "failed")
+    tuned = {trial.label: trial.tuned for trial in mine if trial.tuned}
+    return tuple(
+        ArmProgress(
+            name=arm,
+            done=len(found),
+            failed=failed[arm],
+            cells=len(study.ablation.seeds) + added[arm],
+            mean=fmean(found.values()) if found else None,
+            tuned=tuned.get(arm, {}),
+        )
+        for arm, found in values.items()
     )
 
 

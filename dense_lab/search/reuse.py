@@ -47,5 +47,3 @@ def take(trial: TrialView, folder: Path) -> str:
         shutil.copyfile(trial.folder / name, draft)
         draft.replace(folder / name)
     return os.path.relpath(trial.folder, folder.parent.parent)
-
-
