@@ -31,6 +31,7 @@ __all__ = ["selective_scan", "sm90_cases", "unsupported"]
 _OPERATION = "selective_scan"
 _MOST_STATES = 256
 _KEPT = 64  # tokens between the states that wait for the backward; every segment is a multiple of it
+_WARP = 32  # channels of a program that walks back with all gradients
 _TILE = 8  # tokens that the backward replays in registers
 
 
@@ -124,14 +125,14 @@ def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units:
         batch, tokens, channels, states, padded, groups, sources, **options,
         block=block, tile=tile, stages=3, segment=segment, tile_block=tile_block, ahead=0,
         splits=splits, span=math.ceil(tiles / spans), back=0, chunk=0, unroll=1,
-    )._replace(**_chosen(segment, sources))  # fmt: skip
+    )._replace(**_chosen(segment))  # fmt: skip
 
 
-def _chosen(segment: int, sources: int) -> dict[str, int]:
+def _chosen(segment: int) -> dict[str, int]:
     """Launch choices from the environment, to compare them: `DENSE_LAB_SCAN=walk`."""
     if os.environ.get("DENSE_LAB_SCAN") != "walk":
         return {}
-    return {"back": segment, "tile": _TILE, "chunk": 4 if sources == 0 else 2}
+    return {"back": segment, "chunk": 4}
 
 
 def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -307,7 +308,7 @@ def _walk_back(
     ends = _segment_ends(plan, inputs, grad, final, saved)
     segments, streams, device = ends.shape[2], plan.sources + 1, grad.device
     kept = _restore(plan, inputs, saved["kept"])
-    grid = _walk_grid(plan, segments)
+    grid = _walk_grid(plan._replace(block=_WARP), segments)
     kind = grad.dtype if all(t.dtype == grad.dtype for t in (*inputs.u, *inputs.dt, *inputs.gates)) else torch.float32
     du, ddt = (torch.empty((streams, *grad.shape), dtype=kind, device=device) for _ in range(2))
     dgate = torch.empty((plan.sources, *grad.shape), dtype=kind, device=device)
@@ -325,7 +326,7 @@ def _walk_back(
         sums, dA, dchannel,
         plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.groups, plan.back,
         **plan.flags(), HAS_Z=plan.gated, HAS_SKIP=plan.skip, M=plan.sources,
-        BLOCK=plan.block, TILE=plan.tile, CHUNK=plan.chunk, UNROLL=plan.unroll, num_warps=1,
+        BLOCK=_WARP, TILE=plan.tile, CHUNK=plan.chunk, UNROLL=plan.unroll, num_warps=1,
     )  # fmt: skip
     dA, dchannel, sums = dA.sum(1).mT, dchannel.sum(1), sums.sum(1).transpose(2, 3)
     found: list[Tensor | None] = []
