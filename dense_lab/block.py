@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
-from dense_lab.dense import DenseConnection, DenseSpec
+from dense_lab.dense import DenseSpec
 from dense_lab.errors import InputError
 from dense_lab.modules import CoreModule, RawStreams, Recurrence, State, StateReads, StateSite, Stream, Streams
 from dense_lab.norms import Dropout, RMSNorm

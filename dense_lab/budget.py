@@ -1,89 +1,232 @@
-"""Widths that bring every architecture to one number of parameters, found on the meta device without allocating."""
+"""Widths that bring every architecture to one size, which is counted, never estimated. Depth and the rest stay as said.
+
+Sizes are taken to grow with every width; which widths an architecture accepts is found by trying.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
-import torch
-
+from dense_lab import counting
+from dense_lab.budget_spec import HIDDEN, BudgetSpec
+from dense_lab.components import FFN
 from dense_lab.errors import InputError
 from dense_lab.model import ModelSpec
-from dense_lab.study import BudgetSpec, RunSpec
+from dense_lab.study import RunSpec
 from dense_lab.units import human
 
+WIDEST = 8
+"""Where the width is solved as well, a feed-forward layer is at most so many times wider than the residual stream."""
 _ROUND = (8, 4, 2, 1)
 """Widths are multiples of the first of these that meets the tolerance: tensor cores want multiples of 8."""
 _SCAN = 512
 """No core is expected to need widths that are further apart than this."""
 _GUESS = 256
 """The width that the search starts from."""
+_UNITS = {"params": "parameters", "flops_per_token": "FLOPs per token", "state_bytes": "bytes of state"}
+
+_UNKNOWNS = {"width": "width", "ffn": "feed-forward width"}
+
+
+class Fit(NamedTuple):
+    """Sizes that a model may have."""
+
+    width: int
+    hidden: int | None
+    """Of the feed-forward layers; None where they stay as they are."""
+    size: float
+    """Of what the budget counts."""
+
+    def __str__(self) -> str:
+        ffn = f" with a feed-forward width of {self.hidden}" if self.hidden else ""
+        return f"{human(self.size)} at width {self.width}{ffn}"
 
 
 def solve(spec: RunSpec, budget: BudgetSpec) -> RunSpec:
-    """`spec` with the width that meets `budget`; raises InputError naming the nearest sizes when none does."""
-    vocabulary = spec.data.vocabulary() if budget.count == "all" else 1
-    width = _solve_width(spec.model.model_dump_json(exclude={"width"}), budget, vocabulary)
-    return spec.model_copy(update={"model": spec.model.model_copy(update={"width": width})})
+    """`spec` with the widths that meet `budget`; raises InputError naming the nearest sizes when none do."""
+    fit = _solved(spec.model.model_dump_json(), budget, _vocabulary(spec, budget))
+    return spec.model_copy(update={"model": _sized(spec.model, fit.width, fit.hidden)})
 
 
-def parameters(model: ModelSpec, vocabulary: int, count: str) -> int:
-    """Parameters of `model`, all or those outside embedding and head; raises InputError when it cannot be built."""
-    with torch.device("meta"):
-        module = model.build(vocabulary)
-    total = sum(parameter.numel() for parameter in module.parameters())
-    outside = module.embedding.weight.numel() * (1 if model.head == "tied" else 2)
-    return total if count == "all" else total - outside
+def size_of(spec: RunSpec, budget: BudgetSpec) -> float:
+    """What `budget` counts, of a run whose widths are known."""
+    return _size(spec.model, budget, _vocabulary(spec, budget))
+
+
+def _vocabulary(spec: RunSpec, budget: BudgetSpec) -> int:
+    matters = budget.target == "flops_per_token" or (budget.target == "params" and budget.count == "all")
+    return spec.data.vocabulary() if matters else 1
+
+
+def _size(model: ModelSpec, budget: BudgetSpec, vocabulary: int) -> float:
+    if budget.target == "state_bytes":
+        return counting.state_bytes(model)
+    if budget.target == "flops_per_token":
+        return counting.flops_per_token(model, vocabulary)
+    parts = counting.parameters_by_part(model, vocabulary)
+    outside = 0 if budget.count == "all" else parts["embedding"] + parts["head"]
+    return sum(parts.values()) - outside
 
 
 @functools.lru_cache(maxsize=4096)
-def _solve_width(model_json: str, budget: BudgetSpec, vocabulary: int) -> int:
+def _solved(model_json: str, budget: BudgetSpec, vocabulary: int) -> Fit:
     model = ModelSpec.model_validate_json(model_json)
 
     @functools.cache
-    def size(width: int) -> int | None:
+    def size(width: int, hidden: int | None) -> float | None:
         try:
-            return parameters(model.model_copy(update={"width": width}), vocabulary, budget.count)
+            return _size(_sized(model, width, hidden), budget, vocabulary)
         except (InputError, ValueError):
             return None
 
-    found = _neighbours(size, budget.params)
-    if found is None:
+    tried: list[Fit] = []
+    for fit in _candidates(model, budget, size):
+        if abs(fit.size - budget.amount) <= budget.tolerance * budget.amount:
+            return fit
+        tried.append(fit)
+    if not tried:
         # The width is not what is wrong: let the component say what is.
-        parameters(model.model_copy(update={"width": _GUESS}), vocabulary, budget.count)
+        _size(_sized(model, _GUESS, None), budget, vocabulary)
         raise InputError(f"no width from {_GUESS} to {_GUESS + _SCAN} fits this architecture")
-    below, above = found
-    for factor in _ROUND:
-        multiples = (below // factor * factor, -(-above // factor) * factor)
-        errors = {w: abs(count - budget.params) for w in multiples if w and (count := size(w))}
-        width = min(errors, key=lambda w: errors[w], default=0)
-        if width and errors[width] <= budget.tolerance * budget.params:
-            return width
-    sizes = " and ".join(f"{human(size(width) or 0)} at width {width}" for width in dict.fromkeys(found))
-    raise InputError(
-        f"no width gives {human(budget.params)} parameters within {budget.tolerance * 100:.3g}%: the nearest are "
-        f"{sizes}; change `budget.params`, or raise `budget.tolerance`"
+    raise InputError(_refusal(budget, tried))
+
+
+def _refusal(budget: BudgetSpec, tried: Iterable[Fit]) -> str:
+    below = max((fit for fit in tried if fit.size <= budget.amount), key=lambda fit: fit.size, default=None)
+    above = min((fit for fit in tried if fit.size > budget.amount), key=lambda fit: fit.size, default=None)
+    near = [str(fit) for fit in (below, above) if fit is not None]
+    unknown = "widths give" if len(budget.solve) > 1 else f"{_UNKNOWNS[budget.solve[0]]} gives"
+    return (
+        f"no {unknown} {human(budget.amount)} {_UNITS[budget.target]} within {budget.tolerance * 100:.3g}%: the "
+        f"nearest {'are' if len(near) > 1 else 'is'} {' and '.join(near)}; change `budget.{budget.target}`, or raise "
+        f"`budget.tolerance`"
     )
 
 
-def _neighbours(size: Callable[[int], int | None], target: int) -> tuple[int, int] | None:
-    """The widths next to `target` that the model accepts, or None when it accepts none near the first guess."""
+def _candidates(model: ModelSpec, budget: BudgetSpec, size: Callable[[int, int | None], float | None]) -> Iterator[Fit]:
+    """Sizes to be tried, best first; those nearest to the budget are among them."""
+    has_hidden = any(_hidden_field(ffn) for ffn in _feed_forwards(model))
+    if "width" not in budget.solve:
+        if not has_hidden:
+            raise InputError("`solve: ffn` needs a feed-forward layer with a width of its own, and the model has none")
+        yield from _hidden_fits(model.width, size, budget.amount, None)
+        return
+    line = _Line(lambda width: size(width, None), budget.amount, _GUESS)
+    if "ffn" not in budget.solve or not has_hidden:
+        yield from (Fit(width, None, line.at(width)) for width in line.nearest())
+        return
+    widths = []
+    for width in line.nearest():
+        widths.append(width)
+        yield from _hidden_fits(width, size, budget.amount, WIDEST * width)
+    for direction in (1, -1):
+        width = line.step(sorted(widths[-2:])[min(direction, 0)], direction, 1) if widths else 0
+        while width:
+            yield from _hidden_fits(width, size, budget.amount, WIDEST * width)
+            end = size(width, 1 if direction > 0 else WIDEST * width) or 0
+            if direction * (end - budget.amount) > 0:
+                break  # Beyond, no feed-forward layer can make up for the width.
+            width = line.step(width, direction, 1)
 
-    def nearest(widths: range) -> int:
-        return next((width for width in widths if size(width) is not None), 0)
 
-    width, seen = nearest(range(_GUESS, _GUESS + _SCAN)), set()
-    while width and width not in seen:
-        seen.add(width)
-        # Parameters grow about as the square of the width; a few steps land beside the target.
-        guess = max(1, round(width * math.sqrt(target / (size(width) or 1))))
-        width = nearest(range(guess, guess + _SCAN)) or nearest(range(guess, 0, -1))
-    if not width:
-        return None
-    while (size(width) or 0) > target and (smaller := nearest(range(width - 1, max(0, width - _SCAN), -1))):
-        width = smaller
-    larger = nearest(range(width + 1, width + _SCAN))
-    while larger and (size(larger) or 0) <= target:
-        width, larger = larger, nearest(range(larger + 1, larger + _SCAN))
-    return width, larger or width
+def _hidden_fits(
+    width: int, size: Callable[[int, int | None], float | None], amount: int, most: int | None
+) -> Iterator[Fit]:
+    line = _Line(lambda hidden: size(width, hidden), amount, 2 * width, most)
+    yield from (Fit(width, hidden, line.at(hidden)) for hidden in line.nearest())
+
+
+class _Line:
+    """Sizes along one unknown, of which some values are not accepted."""
+
+    def __init__(self, size: Callable[[int], float | None], target: int, guess: int, most: int | None = None) -> None:
+        self._size, self._target, self._guess, self._most = size, target, guess, most or math.inf
+
+    def at(self, x: int) -> float:
+        """The size at a value that is accepted."""
+        size = self._size(x)
+        assert size is not None
+        return size
+
+    def nearest(self) -> Iterator[int]:
+        """The values beside the target, the roundest first; the last ones are the nearest that there are."""
+        for factor in _ROUND:
+            yield from self.beside(factor)
+
+    def step(self, x: int, direction: int, factor: int) -> int:
+        """The next accepted multiple of `factor` from x on, x excluded; 0 when there is none near."""
+        first = (x // factor + 1) * factor if direction > 0 else (x - 1) // factor * factor
+        end = first + direction * _SCAN
+        return next((y for y in range(first, end, direction * factor) if self._accepts(y)), 0)
+
+    def _accepts(self, x: int) -> bool:
+        return 0 < x <= self._most and self._size(x) is not None
+
+    def beside(self, factor: int) -> list[int]:
+        """The accepted multiples of `factor` beside the target, from below and from above, the nearer one first."""
+        below, above = self._ends(self._approach(factor))
+        while below or above:
+            inner = self._between(below, above, factor)
+            if not inner:
+                break
+            below, above = (inner, above) if self.at(inner) <= self._target else (below, inner)
+        return sorted(filter(None, (below, above)), key=lambda x: abs(self.at(x) - self._target))
+
+    def _approach(self, factor: int) -> list[int]:
+        """A few values that come closer, by the power law through the last two."""
+        seen: list[int] = []
+        x, power = self._near(self._guess, factor), 2.0
+        while x and x not in seen and len(seen) < 8:
+            seen.append(x)
+            if len(seen) > 1 and self.at(seen[-2]) != self.at(x):
+                power = math.log(self.at(x) / self.at(seen[-2])) / math.log(x / seen[-2])
+            x = self._near(round(x * (self._target / self.at(x)) ** (1 / max(power, 0.2))), factor)
+        return seen
+
+    def _near(self, x: float, factor: int) -> int:
+        x = int(min(max(x, 1), self._most))
+        return self.step(x - 1, 1, factor) or self.step(x + 1, -1, factor)
+
+    def _ends(self, seen: Iterable[int]) -> tuple[int, int]:
+        seen = list(seen)
+        below = max((x for x in seen if self.at(x) <= self._target), default=0)
+        return below, min((x for x in seen if self.at(x) > self._target), default=0)
+
+    def _between(self, below: int, above: int, factor: int) -> int:
+        """An accepted value between two, or beyond the only one (0 stands for none); 0 when there is none."""
+        if not below or not above:
+            return self.step(above, -1, factor) if above else self.step(below, 1, factor)
+        if above - below > 8 * factor and (x := self.step((below + above) // 2, 1, factor)) and x < above:
+            return x
+        closer_to_below = self._target - self.at(below) < self.at(above) - self._target
+        x = self.step(below, 1, factor) if closer_to_below else self.step(above, -1, factor)
+        return x if below < x < above else 0
+
+
+def _sized(model: ModelSpec, width: int, hidden: int | None) -> ModelSpec:
+    """`model` at these widths."""
+    update: dict[str, Any] = {"width": width}
+    if hidden is not None:
+        update["ffn"] = _widened(model.ffn, hidden)
+        if model.blocks is not None:
+            own = (block.ffn and _widened(block.ffn, hidden) for block in model.blocks)
+            blocks = (b.model_copy(update={"ffn": ffn}) for b, ffn in zip(model.blocks, own, strict=True))
+            update["blocks"] = tuple(blocks)
+    return model.model_copy(update=update)
+
+
+def _widened(ffn: FFN, hidden: int) -> FFN:
+    field = _hidden_field(ffn)
+    return ffn.model_copy(update={field: hidden}) if field else ffn
+
+
+def _hidden_field(ffn: FFN) -> str | None:
+    return next((name for name in HIDDEN if name in type(ffn).model_fields), None)
+
+
+def _feed_forwards(model: ModelSpec) -> list[FFN]:
+    """Of every layer."""
+    return [layer.ffn or model.ffn for layer in model.layers()]

@@ -2,21 +2,76 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from dense_lab.components import Spec
 from dense_lab.units import Count, Fraction
 
+Target = Literal["params", "flops_per_token", "state_bytes"]
+Unknown = Literal["width", "ffn"]
+HIDDEN = ("hidden", "width")
+"""Names that a feed-forward layer may give to the field with its own width."""
+TARGETS: tuple[Target, ...] = ("params", "flops_per_token", "state_bytes")
+
 
 class BudgetSpec(Spec):
-    """A size that every arm is brought to, so that architectures are compared and not sizes."""
+    """A size that every arm is brought to, so that architectures are compared and not sizes. Exactly one target."""
 
-    params: Count
+    params: Count | None = None
     """Parameters that each model should have."""
+    flops_per_token: Count | None = None
+    """FLOPs of the forward pass per token, those of the head included."""
+    state_bytes: Count | None = None
+    """Bytes of one sequence's recurrent state."""
     count: Literal["non_embedding", "all"] = "non_embedding"
-    """What is counted: everything but the embedding and an untied head, so that vocabulary and width do not blur the
+    """Which parameters: everything but the embedding and an untied head, so that vocabulary and width do not blur the
     comparison (Kaplan et al. 2020, section 2.1), or everything."""
     tolerance: Fraction = 0.05
-    """Largest relative difference; a core whose width comes in multiples of s cannot do better than about s / width."""
-    solve: Literal["width"] = "width"
-    """What is chosen to meet the budget: `model.width`, which a study with a budget leaves out."""
+    """Largest relative difference; a core whose width comes in multiples of s cannot do better by its width alone than
+    about s / width."""
+    solve: tuple[Unknown, ...] = Field(("width",), json_schema_extra={"x-also": {"enum": ["width", "ffn"]}})
+    """What is chosen to meet the budget, and so left out of the model: `width`; `ffn`, the hidden width of the
+    feed-forward layers; or `[width, ffn]`, the width first and the feed-forward layers for the rest."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_unknown(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("solve"), str):
+            return {**value, "solve": [value["solve"]]}
+        return value
+
+    @model_validator(mode="after")
+    def _one_target(self) -> BudgetSpec:
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            got = " and ".join(given) or "none of them"
+            raise ValueError(f"give exactly one of {', '.join(TARGETS)}; got {got}")
+        if not self.solve or len(set(self.solve)) < len(self.solve):
+            raise ValueError("solve: name `width`, `ffn` or both, each once")
+        if "ffn" in self.solve and self.state_bytes is not None:
+            raise ValueError("feed-forward layers have no state: `solve: width` meets state_bytes")
+        if "count" in self.model_fields_set and self.params is None:
+            raise ValueError(f"`count` says which parameters are counted: leave it out with {given[0]}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped = {key: value for key, value in handler(self).items() if value is not None}
+        return {**dumped, "solve": self.solve[0] if len(self.solve) == 1 else list(self.solve)}
+
+    @property
+    def target(self) -> Target:
+        """What is to be met."""
+        return next(name for name in TARGETS if getattr(self, name) is not None)
+
+    @property
+    def amount(self) -> int:
+        """How much of it."""
+        return int(getattr(self, self.target))
+
+    def decides(self, at: tuple[str | int, ...]) -> bool:
+        """Whether the value at these keys of a study is what is solved, and so not to be written."""
+        is_hidden = at[:1] == ("model",) and at[-2:-1] == ("ffn",) and at[-1] in HIDDEN
+        return ("width" in self.solve and at == ("model", "width")) or ("ffn" in self.solve and is_hidden)

@@ -7,6 +7,7 @@ spec and width, and models that share it share the module.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,10 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dense_lab import registry as registries
-from dense_lab.components import Component
+from dense_lab.block import Block, connect
+from dense_lab.components import Component, Spec
 from dense_lab.dense import DenseSpec
 from dense_lab.errors import InputError
-from dense_lab.model import BlockSpec, LanguageModel, ModelSpec
+from dense_lab.model import BlockSpec, ModelSpec
 
 PARTS = ("embedding", "core", "dense", "ffn", "norm", "head")
 """Of a model's parameters; a tied head has none of its own."""
@@ -50,31 +52,23 @@ def count(spec: ModelSpec, vocab_size: int) -> Counts:
 
 def parameters_by_part(spec: ModelSpec, vocab_size: int) -> dict[str, int]:
     """Number of parameters of each of PARTS; raises InputError when the model cannot be built."""
-    parts = dict.fromkeys(PARTS, 0)
-    for name, parameter in _skeleton(spec, vocab_size).named_parameters(remove_duplicate=False):
-        words = name.split(".")
-        part = words[2] if words[0] == "blocks" else words[0]
-        if part != "head" or spec.head == "untied":
-            parts[part if part in parts else "norm"] += parameter.numel()
-    return parts
+    table = vocab_size * spec.width
+    parts = {"embedding": table, "core": 0, "dense": 0, "ffn": 0, "norm": spec.width}
+    for layer in _layers(spec):
+        parts["core"] += _tally(layer.core).parameters
+        parts["dense"] += sum(_tally(connection).parameters for connection in layer.dense.values())
+        parts["ffn"] += _tally(layer.ffn).parameters
+        parts["norm"] += _tally(layer.norm).parameters + _tally(layer.ffn_norm).parameters
+    return {**parts, "head": table if spec.head == "untied" else 0}
 
 
 def flops_per_token(spec: ModelSpec, vocab_size: int) -> float:
     """See `Counts`; raises InputError when the model cannot be built."""
-    model = _skeleton(spec, vocab_size)
-    idle = {
-        id(module)
-        for block in model.blocks
-        for site, dense in block.dense.items()
-        if site not in block.reads
-        for module in dense.modules()
-    }
-    linear = sum(
-        module.weight.numel() * getattr(module, "applications", 1)
-        for _, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) and id(module) not in idle
-    )
-    return 2.0 * linear + sum(block.mixing_flops() for block in model.blocks)
+    total = 2.0 * vocab_size * spec.width
+    for layer in _layers(spec):
+        used = [layer.core, layer.ffn, *(layer.dense[site] for site in layer.reads)]
+        total += 2 * sum(_tally(module).linear for module in used) + Block.mixing_flops(layer)  # type: ignore[arg-type]
+    return total
 
 
 def state_bytes(spec: ModelSpec) -> int:
@@ -89,14 +83,14 @@ def _reads_states(dense: DenseSpec, core: Component, width: int) -> bool:
     if dense.span == 0 or dense.sites == "all":
         return False
     with torch.device("meta"), _NothingDrawn():
-        streams = _built(_key(core), (width,)).streams  # type: ignore[union-attr]
-    return not set(dense.sites) <= {stream.name for stream in streams}  # type: ignore[union-attr]
+        streams = _Shared(core).build(width).streams
+    return not set(dense.sites) <= {stream.name for stream in streams}
 
 
-def check_sizes(spec: ModelSpec, vocab_size: int) -> None:
+def check_sizes(spec: ModelSpec) -> None:
     """Raise InputError, with the sentence of the component concerned, when the model cannot be built."""
     try:
-        _skeleton(spec, vocab_size)
+        _layers(spec)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"model: {error}") from error
 
@@ -116,62 +110,93 @@ _INITIALISERS = {getattr(nn.init, name) for name in dir(nn.init) if name.endswit
 _INITIALISERS |= {Tensor.uniform_, Tensor.normal_}
 
 
-def _skeleton(spec: ModelSpec, vocab_size: int) -> LanguageModel:
-    """The model on the meta device; equal parts are one module."""
-    layers = tuple(
-        BlockSpec.model_construct(
-            core=_Shared(layer.core), dense=_shared_dense(layer.dense or spec.dense), ffn=_Shared(layer.ffn or spec.ffn)
-        )
-        for layer in spec.layers()
-    )
+class _Layer:
+    """A block, as far as dense connections and counts need one; made of modules that it may share with others."""
+
+    def __init__(self, block: Block) -> None:
+        vars(self).update({name: copy.copy(value) for name, value in vars(block).items() if not name.startswith("_")})
+        self.core, self.ffn, self.norm, self.ffn_norm = block.core, block.ffn, block.norm, block.ffn_norm
+        self.dense: dict[str, nn.Module] = {}
+        self.reads: dict[str, tuple[int, ...]] = {}
+
+
+def _layers(spec: ModelSpec) -> list[_Layer]:
+    """The blocks of the model on the meta device, connected."""
+    specs = ((layer.core, layer.ffn or spec.ffn, layer.dense or spec.dense) for layer in spec.layers())
+    parts = [(_Shared(core), _Shared(ffn), _Shared(dense)) for core, ffn, dense in specs]
     with torch.device("meta"), _NothingDrawn():
-        return LanguageModel(spec.model_copy(update={"blocks": layers}), vocab_size)
+        layers = [_Layer(_block(core, ffn, spec)) for core, ffn, _ in parts]
+        for index, (_, _, dense) in enumerate(parts):
+            connect(layers, index, dense, spec)  # type: ignore[arg-type]
+    return layers
 
 
-def _shared_dense(dense: DenseSpec) -> DenseSpec:
-    parts = {"transition": _Shared(dense.transition), "fusion": _Shared(dense.fusion)}
-    sites = {name: _Shared(transition) for name, transition in dense.site_transitions.items()}
-    return dense.model_copy(update={**parts, "site_transitions": sites})
+def _block(core: _Shared, ffn: _Shared, spec: ModelSpec) -> Block:
+    layer: Any = BlockSpec.model_construct(core=core, ffn=ffn)  # type: ignore[arg-type]
+    block: Block = _remembered((core.key, ffn.key, spec.width), lambda: Block(layer, spec))
+    return block
 
 
 class _Key(NamedTuple):
     """A component as a key: specs may hold what cannot be hashed."""
 
-    kind: type[Component]
+    kind: type[Spec]
     text: str
 
-    def component(self) -> Component:
+    def component(self) -> Any:
         return self.kind.model_validate_json(self.text)
 
 
-def _key(component: Component) -> _Key:
+def _key(component: Spec) -> _Key:
     return _Key(type(component), component.model_dump_json())
 
 
 class _Shared:
     """A component whose `build` gives the module it gave before for the same arguments."""
 
-    def __init__(self, component: Component) -> None:
-        self._component, self._key = component, _key(component)
+    def __init__(self, component: Any) -> None:
+        self._component, self.key = component, _key(component)
 
     def build(self, *args: Any) -> Any:
         """What the component builds."""
-        return _built(self._key, tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args))
+        return _remembered((self.key, repr(args)), lambda: self._component.build(*args))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._component, name)
 
 
+def _remembered(key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
+    if key not in _modules:
+        if len(_modules) >= _KEPT:
+            _modules.clear()
+        _modules[key] = build()
+    return _modules[key]
+
+
+_modules: dict[tuple[Any, ...], Any] = {}
+
+
+class _Tally(NamedTuple):
+    """Of one module and all below it."""
+
+    parameters: int
+    linear: int
+    """Weights of linear maps, as often as they are applied to a token."""
+
+
 @functools.lru_cache(_KEPT)
-def _built(key: _Key, args: tuple[Any, ...]) -> nn.Module | None:
-    module: nn.Module | None = key.component().build(*args)  # type: ignore[attr-defined]
-    return module
+def _tally(module: nn.Module | None) -> _Tally:
+    if module is None:
+        return _Tally(0, 0)
+    maps = (below for below in module.modules() if isinstance(below, nn.Linear))
+    linear = sum(below.weight.numel() * getattr(below, "applications", 1) for below in maps)
+    return _Tally(sum(parameter.numel() for parameter in module.parameters()), linear)
 
 
 @functools.lru_cache(_KEPT)
 def _state_of_core(core: _Key, width: int) -> int:
     with _measuring():
-        module = core.component().build(width)  # type: ignore[attr-defined]
+        module = core.component().build(width)
         _, state = module(torch.zeros(1, 1, width))
     return _bytes(state)
 

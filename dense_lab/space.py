@@ -106,10 +106,11 @@ class Study:
                 message = f"no operation {operation!r}.{did_you_mean(operation, known)} Operations: {', '.join(known)}"
                 node = origins["kernels", operation]
                 raise InputError(Problem(message, node.path, node.key))
-        written = origins.get(("model", "width"))
-        if spec.budget is not None and written is not None:
-            message = "the budget chooses the width: leave `model.width` out, or leave out `budget`"
-            raise InputError(Problem(message, written.path, written.key))
+        for at, node in origins.items():
+            if spec.budget is not None and spec.budget.decides(at):
+                what = "the width" if at == ("model", "width") else "the width of feed-forward layers"
+                message = f"the budget chooses {what}: leave `{node.path}` out, or leave out `budget`"
+                raise InputError(Problem(message, node.path, node.key))
         return spec
 
     @property
@@ -196,7 +197,8 @@ class Study:
         number = self.size()
         found: dict[str, Problem] = {}
         seen = set()
-        for point in self.grid() if number is not None and number <= _SIZED_IN_FULL and not self.ablation else self.covering():
+        few = number is not None and number <= _SIZED_IN_FULL and self.ablation is None
+        for point in self.grid() if few else self.covering():
             try:
                 model = self.point(point).model
                 if (text := model.model_dump_json()) in seen:
@@ -205,9 +207,10 @@ class Study:
                 depth = sum(block.repeat for block in model.blocks) if model.blocks else model.depth
                 if depth > DEEPEST:
                     raise InputError(f"a model has at most {DEEPEST} blocks, got {depth}")
-                check_sizes(model, vocab_size=256)
+                check_sizes(model)
             except InputError as error:
-                chosen = ", ".join(f"{path}={value}" for path, value in point.items() if path.startswith(("model", "arm")))
+                named = [path for path in point if path.startswith(("model", "arm"))]
+                chosen = ", ".join(f"{path}={point[path]}" for path in named)
                 for p in error.problems:
                     text = f"{p.message} (at {chosen})" if chosen else p.message
                     where = p.where or self._place("model")
@@ -226,7 +229,8 @@ class Study:
             run = self._validated(trees.close(self.root, _lookup(point), origins), origins).run()
             found.append(frozen.by_path(run.model_dump(mode="json"), origins))
             plugins |= plugins_used(run, self.registry)
-        decided = {"dense_lab", *(p.path for p in self.space)} | ({"model.width"} if self.budget else set())
+        decided = {"dense_lab", *(p.path for p in self.space)}
+        decided |= {"model.width"} if self.budget and "width" in self.budget.solve else set()
         return {
             "grammar": GRAMMAR,
             "parameters": [parameter.describe() for parameter in self.space],

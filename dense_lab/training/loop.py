@@ -115,7 +115,7 @@ class Run:
         self.spec, self.plugins, self.place, self.recorder = spec, plugins, place, recorder
         self.corpus = _prepared(spec.data)
         self.plan = plan(spec.train, self.corpus.seq_len)
-        check_sizes(spec.model, self.corpus.vocab_size)
+        check_sizes(spec.model)
         self.model: LanguageModel = spec.model.build(self.corpus.vocab_size).initialise(spec.seed).to(place.device)
         self.model.kernels = spec.kernels
         self.optimizer = build_optimizer(self.model, spec.train)
