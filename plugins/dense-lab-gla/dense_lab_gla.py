@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from dense_lab.components import Core
 from dense_lab.errors import InputError
 from dense_lab.hookspecs import hookimpl
-from dense_lab.modules import CoreModule, Stream, Streams
+from dense_lab.modules import NOTHING_READ, CoreModule, Recurrence, StateReads, StateSite, Stream, Streams
 from dense_lab.registry import Registrar
 from dense_lab.units import Count
 
@@ -21,6 +22,7 @@ class GLA(Core):
     """Gated Linear Attention (Yang et al. 2023, arXiv 2312.06635, section 4).
 
     S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, o_t = K^-0.5 q_t^T S_t. Dense-able streams: k and v.
+    State site: state_readout, o_t = K^-0.5 q_t^T (S_t + sum_i gated S^i_t), S^i the state of an earlier layer.
     """
 
     kind: Literal["gla"] = "gla"
@@ -57,6 +59,8 @@ class GLAModule(CoreModule):
             Stream("decay", keys),
             Stream("gate", width),
         )
+        sizes = {"heads": heads, "key width of a head": keys // heads}
+        self.state_sites = (StateSite("state_readout", width, "readout", "gla", sizes, self.mixing_flops()),)
         self.q = nn.Linear(width, keys, bias=False)
         self.k = nn.Linear(width, keys, bias=False)
         self.v = nn.Linear(width, width, bias=False)
@@ -71,12 +75,23 @@ class GLAModule(CoreModule):
         log_decay = nn.functional.logsigmoid(self.decay(x)) / 16
         return {"q": self.q(x), "k": self.k(x), "v": self.v(x), "decay": log_decay, "gate": self.gate(x)}, state
 
-    def mix(self, streams: Streams, state: GLAState | None) -> tuple[Tensor, GLAState]:
+    def mix(
+        self, streams: Streams, state: GLAState | None, reads: Mapping[str, StateReads] = NOTHING_READ
+    ) -> tuple[Tensor, GLAState]:
         """The recurrence, per-head norm, gate and output map."""
-        q, k, v, g = (streams[name].unflatten(-1, (self.heads, -1)) for name in ("q", "k", "v", "decay"))
-        start = state.matrix if state is not None else q.new_zeros(q.shape[0], self.heads, q.shape[-1], v.shape[-1])
-        o, matrix = gated_linear_attention(q, k, v, g, start)
+        q = streams["q"].unflatten(-1, (self.heads, -1))
+        own = self.recurrence(streams, state, None)
+        o, matrix = gated_linear_attention(q, *own.inputs, own.start)
+        for read in reads.values():
+            sources = [gated_linear_attention(q, *s.inputs, s.start)[0].flatten(-2) for s in read.sources]
+            o = read.fused(o.flatten(-2), sources).unflatten(-1, (self.heads, -1))
         return self.out(nn.functional.silu(streams["gate"]) * self.norm(o).flatten(-2)), GLAState(matrix)
+
+    def recurrence(self, streams: Streams, before: GLAState | None, after: GLAState | None) -> Recurrence:
+        """Keys, values and log decays by heads, and the matrices [B, H, K, V]."""
+        k, v, g = (streams[name].unflatten(-1, (self.heads, -1)) for name in ("k", "v", "decay"))
+        start = before.matrix if before else k.new_zeros(k.shape[0], self.heads, k.shape[-1], v.shape[-1])
+        return Recurrence((k, v, g), start, after.matrix if after else None)
 
     def mixing_flops(self) -> float:
         """State update, decay and read: 5 K V per head (section 4.1)."""
