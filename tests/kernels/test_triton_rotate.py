@@ -58,6 +58,25 @@ def test_heads_of_a_wider_tensor_are_read_in_place() -> None:
     torch.testing.assert_close(rotate(x, impl="triton"), rotate(x, impl="reference"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("activation", "scale"), [("silu", 1.0), ("none", 0.5)])
+def test_two_tensors_at_once(activation: str, scale: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(2, 5, 3, 32, generator=generator, dtype=torch.float64).to(DEVICE)
+    options = {"start": torch.tensor(7, device=DEVICE), "normaliser": "retention", "activation": activation}
+    inputs = {"x": wide[..., :24].contiguous(), "also": wide[..., 8:]}
+
+    def run(impl: str, kind: torch.dtype) -> dict[str, torch.Tensor]:
+        rounded = as_dtype(as_dtype(inputs, dtype), kind)
+        return run_with_gradients(lambda **pair: rotate(**pair, **options, scale=scale, impl=impl), rounded)
+
+    found, exact = run("triton", dtype), run("reference", torch.float64)
+    assert_as_accurate(found, run("reference", dtype), exact)
+    torch.testing.assert_close(exact["output[0]"], rotate(inputs["x"].to(dtype).double(), **options, scale=scale))
+    torch.testing.assert_close(exact["output[1]"], rotate(inputs["also"].to(dtype).double(), start=options["start"]))
+    assert {"dx", "dalso"} <= found.keys()
+
+
 def test_pieces_agree_with_the_whole() -> None:
     x = torch.randn(1, 9, 2, 8, dtype=torch.float64)
     parts = [rotate(p, start=torch.tensor(s), normaliser="retention") for p, s in ((x[:, :4], 0), (x[:, 4:], 4))]

@@ -21,8 +21,10 @@ from torch.autograd.function import once_differentiable
 from dense_lab_kernels._triton import (
     Launch,
     Sm90Case,
+    cdiv,
     compile_once,
     launch,
+    power_of_2,
     processors,
     sum_rows,
     sum_rows_launch,
@@ -144,13 +146,13 @@ class _Blocks(NamedTuple):
 
 def _forward_blocks(width: int) -> _Blocks:
     """Up to 16 elements per thread."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     return _Blocks(max(1, 1024 // block), block, warps=4 if block <= 2048 else min(block // 512, 16))
 
 
 def _backward_blocks(width: int) -> _Blocks:
     """As in rms_norm: few programs per processor, the next row block fetched while one is computed."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     rows = max(1, 1024 // block)
     warps = {1024: 4, 2048: 8, 4096: 8, 8192: 16}.get(rows * block, 32)
     return _Blocks(rows, block, warps, 2 if block <= 4096 else 1, programs=max(1, 16 // warps))
@@ -220,7 +222,7 @@ class _AddRMSNorm(torch.autograd.Function):
                 key = (_OPERATION, x.dtype, y.dtype, weight.dtype, dtype, x.shape[-1] % 16, *first.options.values())
                 results = (total, normed, inverse_rms)
                 compile_once(key, lambda: [first, *_backward_like(x, y, weight, dropout, results)])
-            launch(first.kernel, triton.cdiv(inverse_rms.numel(), blocks), first.arguments, first.options)
+            launch(first.kernel, cdiv(inverse_rms.numel(), blocks), first.arguments, first.options)
         ctx.save_for_backward(total, weight, inverse_rms, dropout.seed)
         ctx.set_materialize_grads(False)
         ctx.probability, ctx.dtypes = dropout.probability, (x.dtype, y.dtype, dtype)
@@ -233,7 +235,7 @@ class _AddRMSNorm(torch.autograd.Function):
         x_dtype, y_dtype, dtype = ctx.dtypes
         width = total.shape[-1]
         rows, blocks = inverse_rms.numel(), _backward_blocks(width)
-        programs = min(triton.cdiv(rows, blocks.rows), processors(total.device) * blocks.programs)
+        programs = min(cdiv(rows, blocks.rows), processors(total.device) * blocks.programs)
         d_x, d_y = (torch.empty(total.shape, dtype=kind, device=total.device) for kind in (x_dtype, y_dtype))
         shares = torch.empty(programs, width, dtype=torch.float32, device=total.device)
         d_normed = torch.zeros_like(total, dtype=dtype) if d_normed is None else d_normed.contiguous()

@@ -18,7 +18,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, processors, unsupported_place
+from dense_lab_kernels._triton import (
+    Launch,
+    Sm90Case,
+    cdiv,
+    compile_once,
+    launch,
+    power_of_2,
+    processors,
+    sum_rows,
+    sum_rows_launch,
+    unsupported_place,
+)
 
 __all__ = ["rms_norm", "sm90_cases", "unsupported"]
 
@@ -140,14 +151,14 @@ class _Blocks(NamedTuple):
 
 def _forward_blocks(width: int) -> _Blocks:
     """16 elements per thread, as in dense_fuse."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     rows = max(1, 2048 // block)
     return _Blocks(rows, block, warps=max(4, rows * block // 512) if block <= 8192 else 16)
 
 
 def _backward_blocks(width: int) -> _Blocks:
     """As in dense_fuse: few programs per processor, the next row block fetched while one is computed."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     rows = max(1, 1024 // block)
     warps = {1024: 4, 2048: 8, 4096: 8, 8192: 16}.get(rows * block, 32)
     return _Blocks(rows, block, warps, 2 if block <= 4096 else 1, programs=max(1, 16 // warps))
@@ -178,7 +189,7 @@ class _Problem(NamedTuple):
         """What decides the compiled code; a key too coarse costs one compilation later, nothing else."""
         width, heads = self.x.shape[2], self.x.shape[1]
         dtypes = tuple(t if t is None else t.dtype for t in self[:3])
-        return _OPERATION, self.activation, dtypes, triton.next_power_of_2(width), width % 16 == 0, heads == 1
+        return _OPERATION, self.activation, dtypes, power_of_2(width), width % 16 == 0, heads == 1
 
 
 def _problem(x: Tensor, weight: Tensor | None, gate: Tensor | None, activation: str) -> _Problem:
@@ -225,14 +236,14 @@ class _RMSNorm(torch.autograd.Function):
         outer, heads, _ = problem.x.shape
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         inverse_rms = torch.empty(outer * heads, dtype=torch.float32, device=x.device)
-        launch = _forward_launch(problem, out, inverse_rms, eps)
+        first = _forward_launch(problem, out, inverse_rms, eps)
         with torch.cuda.device_of(x):
             if any(ctx.needs_input_grad):
                 shares = inverse_rms if weight is not None else None
                 backward = _backward_launch(problem, out, inverse_rms, (problem.x, shares, problem.gate))
-                compile_once((*problem.key, dtype), lambda: [launch, backward])
-            grid = (triton.cdiv(outer * heads, launch.options["BLOCK_ROWS"]),)
-            launch.kernel[grid](*launch.arguments, **launch.options)
+                summing = [] if weight is None else [sum_rows_launch(inverse_rms, problem.weight, 1, x.shape[-1])]
+                compile_once((*problem.key, dtype), lambda: [first, backward, *summing])
+            launch(first.kernel, cdiv(outer * heads, first.options["BLOCK_ROWS"]), first.arguments, first.options)
         ctx.save_for_backward(x, weight, gate, inverse_rms)
         ctx.activation = activation
         return out
@@ -244,14 +255,14 @@ class _RMSNorm(torch.autograd.Function):
         problem = _problem(x, weight, gate, ctx.activation)
         outer, heads, width = problem.x.shape
         blocks = _backward_blocks(width)
-        programs = min(triton.cdiv(outer * heads, blocks.rows), processors(x.device) * blocks.programs)
+        programs = min(cdiv(outer * heads, blocks.rows), processors(x.device) * blocks.programs)
         d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         d_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
         shares = None if weight is None else torch.empty(programs, width, dtype=torch.float32, device=x.device)
-        launch = _backward_launch(problem, grad.contiguous(), inverse_rms, (d_x, shares, d_gate))
+        work = _backward_launch(problem, grad.contiguous(), inverse_rms, (d_x, shares, d_gate))
         with torch.cuda.device_of(x):
-            launch.kernel[(programs,)](*launch.arguments, **launch.options)
-        d_weight = None if shares is None else shares.sum(0).to(weight.dtype)
+            launch(work.kernel, programs, work.arguments, work.options)
+            d_weight = None if shares is None else sum_rows(shares, weight.dtype)
         return d_x, d_weight, d_gate, None, None, None
 
 

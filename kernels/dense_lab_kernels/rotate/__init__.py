@@ -28,24 +28,27 @@ _OPERATION = "rotate"
 @operation
 def rotate(
     x: Tensor,
+    also: Tensor | None = None,
     *,
     start: Tensor | None = None,
     normaliser: Literal["none", "retention"] = "none",
     activation: Literal["none", "silu"] = "none",
     scale: float = 1.0,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Rotate x [B, T, H, K]; the result has its shape and dtype. Positions and angles are exact whatever that is.
 
+    also: a second tensor of that shape and dtype, rotated and nothing else (keys beside queries); both are returned.
     start: [] int64, position of the first token; None means 0. normaliser: "retention" multiplies by r_t.
     activation, scale: applied to x before, and to the result.
     impl: "auto", "triton" (GPU) or "reference" (any device).
 
-    Differentiable with respect to x.
+    Differentiable with respect to x and also.
     Raises ValueError for shapes, dtypes or devices that do not fit; ImplementationError for an impl that cannot run.
     """
     given = Arguments(_OPERATION)
     given.shape("x", x, "B T H K")
+    given.optional("also", also, "B T H K")
     given.positive("B T H K")
     given.one_of("normaliser", normaliser, ("none", "retention"))
     given.one_of("activation", activation, ("none", "silu"))
@@ -55,9 +58,9 @@ def rotate(
         got = f"{start.dtype} {list(start.shape)} on {start.device}"
         raise ValueError(f"{_OPERATION}: start must be a scalar int64 tensor on {x.device}, got {got}")
     options = {"start": start, "normaliser": normaliser, "activation": activation, "scale": scale}
-    verdicts = {"triton": triton_verdict(_OPERATION, impl, x.device, x, **options), "reference": None}
+    verdicts = {"triton": triton_verdict(_OPERATION, impl, x.device, x, also, **options), "reference": None}
     if choose(_OPERATION, impl, verdicts) == "reference":
-        return reference.rotate(x, **options)
+        return reference.rotate(x, also, **options)
     from dense_lab_kernels.rotate import triton
 
-    return triton.rotate(x, **options)
+    return triton.rotate(x, also, **options)

@@ -14,8 +14,15 @@ from torch import Tensor
 from dense_lab_kernels._checks import compute_dtype
 
 
-def rotate(x: Tensor, *, start: Tensor | None, normaliser: str, activation: str, scale: float) -> Tensor:
-    """[B, T, H, K] in x's dtype; arguments as in the public function."""
+def rotate(
+    x: Tensor, also: Tensor | None, *, start: Tensor | None, normaliser: str, activation: str, scale: float
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As the public function."""
+    rotated = _rotate(x, start, normaliser, activation, scale)
+    return rotated if also is None else (rotated, _rotate(also, start, "none", "none", 1.0))
+
+
+def _rotate(x: Tensor, start: Tensor | None, normaliser: str, activation: str, scale: float) -> Tensor:
     dtype = compute_dtype(x)
     active = x.to(dtype)
     if activation == "silu":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, unsupported_place
+from dense_lab_kernels._triton import Launch, Sm90Case, cdiv, compile_once, launch, power_of_2, unsupported_place
 from dense_lab_kernels.rotate.reference import angles, log_decays
 
 __all__ = ["rotate", "sm90_cases", "unsupported"]
@@ -34,46 +34,34 @@ def _pairs(tile, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     return tl.split(tl.reshape(tile, (TOKENS, WIDTH // 2, 2)))
 
 
-@triton.jit(do_not_specialize=["tokens", "blocks", "scale"])
-def _rotate(
-    x,  # forward: the input; backward: the gradient of the result
-    before,  # backward with an activation: the input of the forward
+@triton.jit
+def _turn_heads(
+    x,
+    before,
     out,
-    turns,  # [K/2] fp64: theta in turns per token
-    log_decay,  # [H] fp64
-    start,  # [] int64
+    log_decay,
     x_batch,
     x_token,
     x_head,
     before_batch,
     before_token,
     before_head,
+    batch,
+    token,
+    position,
+    cosine,
+    sine,
+    mask,
     tokens,
     heads,
     width,
-    blocks,  # of tokens, per sequence
-    scale,
-    STARTED: tl.constexpr,
     NORMALISED: tl.constexpr,
     SILU: tl.constexpr,
     BACKWARD: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    token = (tl.program_id(0) % blocks) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, WIDTH)
-    half = tl.arange(0, WIDTH // 2)
-    mask = (token < tokens)[:, None] & (column < width)[None, :]
-    position = token.to(tl.float64)
-    if STARTED:
-        position += tl.load(start).to(tl.float64)
-    turn = position[:, None] * tl.load(turns + half, mask=half < width // 2, other=0.0)[None, :]
-    angle = ((turn - tl.floor(turn)) * 6.283185307179586).to(tl.float32)
-    cosine = tl.cos(angle) * scale
-    sine = tl.sin(angle) * scale
-    if BACKWARD:
-        sine = -sine
     token = token.to(tl.int64)
     for head in range(heads):
         offset = batch * x_batch + token * x_token + head * x_head
@@ -96,9 +84,70 @@ def _rotate(
         tl.store(out + offset[:, None] + column[None, :], value.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["tokens", "programs", "scale"])
+def _rotate(
+    x,  # forward: the input; backward: the gradient of the result
+    before,  # backward with an activation: the input of the forward
+    out,
+    also,  # as x, of the second tensor; read only with ALSO
+    also_out,
+    turns,  # [K/2] fp64: theta in turns per token
+    log_decay,  # [H] fp64
+    start,  # [] int64
+    x_batch,
+    x_token,
+    x_head,
+    before_batch,
+    before_token,
+    before_head,
+    also_batch,
+    also_token,
+    also_head,
+    tokens,
+    heads,
+    width,
+    programs,  # for x; as many follow for the second tensor
+    scale,
+    STARTED: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    SILU: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    ALSO: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    blocks = tl.cdiv(tokens, TOKENS)
+    program = tl.program_id(0) % programs
+    batch = (program // blocks).to(tl.int64)
+    token = (program % blocks) * TOKENS + tl.arange(0, TOKENS)
+    half = tl.arange(0, WIDTH // 2)
+    mask = (token < tokens)[:, None] & (tl.arange(0, WIDTH) < width)[None, :]
+    position = token.to(tl.float64)
+    if STARTED:
+        position += tl.load(start).to(tl.float64)
+    turn = position[:, None] * tl.load(turns + half, mask=half < width // 2, other=0.0)[None, :]
+    angle = ((turn - tl.floor(turn)) * 6.283185307179586).to(tl.float32)
+    cosine = tl.cos(angle) * scale
+    sine = tl.sin(angle) * scale
+    if BACKWARD:
+        sine = -sine
+    if not ALSO or tl.program_id(0) < programs:
+        _turn_heads(
+            x, before, out, log_decay, x_batch, x_token, x_head, before_batch, before_token, before_head,
+            batch, token, position, cosine, sine, mask, tokens, heads, width,
+            NORMALISED, SILU, BACKWARD, TOKENS, WIDTH,
+        )  # fmt: skip
+    else:
+        _turn_heads(
+            also, also, also_out, log_decay, also_batch, also_token, also_head, also_batch, also_token, also_head,
+            batch, token, position, cosine, sine, mask, tokens, heads, width,
+            False, False, BACKWARD, TOKENS, WIDTH,
+        )  # fmt: skip
+
+
 def _tile(width: int) -> tuple[int, int, int]:
     """Tokens per program, padded width, warps: 2048 elements, 16 per thread of 4 warps."""
-    block = max(triton.next_power_of_2(width), 4)
+    block = max(power_of_2(width), 4)
     return max(1, 2048 // block), block, 4 if block <= 2048 else 8
 
 
@@ -108,60 +157,98 @@ def _turns(width: int, device: torch.device) -> Tensor:
         return angles(width, device) / (2 * math.pi)
 
 
-def _launch(x: Tensor, before: Tensor | None, out: Tensor, start: Tensor | None, options: dict[str, Any]) -> Launch:
+class _Tensors(NamedTuple):
+    """What one launch reads and writes; the second tensor is None where there is one only."""
+
+    x: Tensor
+    before: Tensor | None
+    out: Tensor
+    also: Tensor | None
+    also_out: Tensor | None
+
+
+def _launch(given: _Tensors, start: Tensor | None, options: dict[str, Any]) -> Launch:
+    x, before, out, also, also_out = given
     _, tokens, heads, width = x.shape
     rows, block, warps = _tile(width)
     turns, decays = _turns(width, x.device), log_decays(heads, x.device)
-    strides = (*x.stride()[:3], *(x if before is None else before).stride()[:3])
-    sizes = (tokens, heads, width, triton.cdiv(tokens, rows), options["scale"])
+    before, second = (x if before is None else before), (x if also is None else also)
+    strides = (*x.stride()[:3], *before.stride()[:3], *second.stride()[:3])
+    sizes = (tokens, heads, width, len(x) * cdiv(tokens, rows), options["scale"])
     flags = {
         "STARTED": start is not None,
         "NORMALISED": options["normaliser"] == "retention",
         "SILU": options["activation"] == "silu",
         "BACKWARD": options["BACKWARD"],
+        "ALSO": also is not None,
     }
-    tensors = (x, x if before is None else before, out, turns, decays, turns if start is None else start)
+    pair = (second, out if also_out is None else also_out)
+    tensors = (x, before, out, *pair, turns, decays, turns if start is None else start)
     return Launch(_rotate, (*tensors, *strides, *sizes), {**flags, "TOKENS": rows, "WIDTH": block, "num_warps": warps})
 
 
-def _run(launch: Launch, batch: int) -> None:
-    launch.kernel[(batch * launch.arguments[15],)](*launch.arguments, **launch.options)
+def _run(given: _Tensors, start: Tensor | None, options: dict[str, Any]) -> None:
+    work = _launch(given, start, options)
+    programs = work.arguments[-2] * (1 if given.also is None else 2)
+    launch(work.kernel, programs, work.arguments, work.options)
+
+
+def _empty(like: Tensor | None) -> Tensor | None:
+    return None if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, start: Tensor | None, options: dict[str, Any]) -> Tensor:
-        x = x if x.stride(3) == 1 else x.contiguous()
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    def forward(
+        ctx: Any, x: Tensor, also: Tensor | None, start: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        x, also = (t if t is None or t.stride(3) == 1 else t.contiguous() for t in (x, also))
         silu = options["activation"] == "silu"
-        launch = _launch(x, None, out, start, {**options, "BACKWARD": False})
+        given = _Tensors(x, None, _empty(x), also, _empty(also))
         with torch.cuda.device_of(x):
-            if ctx.needs_input_grad[0]:
-                backward = _launch(out, x if silu else None, out, start, {**options, "BACKWARD": True})
-                kinds = tuple(sorted(options.items(), key=str)), start is None, x.shape[2] == 1, x.shape[3] % 16
-                compile_once((_OPERATION, x.dtype, launch.options["WIDTH"], *kinds), lambda: [launch, backward])
-            _run(launch, x.shape[0])
+            if any(ctx.needs_input_grad):
+                _compile(given, silu, start, options)
+            _run(given, start, {**options, "BACKWARD": False})
         ctx.save_for_backward(x if silu else None, start)
         ctx.options = options
-        return out
+        return given.out, given.also_out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, also_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         before, start = ctx.saved_tensors
-        grad = grad.contiguous()
-        d_x = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        grad, also_grad = (g if g is None else g.contiguous() for g in (grad, also_grad))
+        given = _Tensors(grad, before, _empty(grad), also_grad, _empty(also_grad))
         with torch.cuda.device_of(grad):
-            _run(_launch(grad, before, d_x, start, {**ctx.options, "BACKWARD": True}), grad.shape[0])
-        return d_x, None, None
+            _run(given, start, {**ctx.options, "BACKWARD": True})
+        return given.out, given.also_out, None, None
 
 
-def rotate(x: Tensor, *, start: Tensor | None, normaliser: str, activation: str, scale: float) -> Tensor:
-    """[B, T, H, K] in x's dtype; arguments as in the public function."""
-    return _Rotate.apply(x, start, {"normaliser": normaliser, "activation": activation, "scale": scale})
+def _compile(given: _Tensors, silu: bool, start: Tensor | None, options: dict[str, Any]) -> None:
+    """Both directions at once."""
+    x, _, out, also, also_out = given
+    back = _Tensors(out, x if silu else None, out, also_out, also_out)
+    kinds = tuple(sorted(options.items(), key=str)), start is None, x.shape[2] == 1, x.shape[3] % 16, also is None
+    pairs = ((given, {**options, "BACKWARD": False}), (back, {**options, "BACKWARD": True}))
+    key = (_OPERATION, x.dtype, _tile(x.shape[3])[1], *kinds)
+    compile_once(key, lambda: [_launch(tensors, start, choices) for tensors, choices in pairs])
 
 
-def unsupported(x: Tensor, **_: Any) -> str | None:
+def rotate(
+    x: Tensor, also: Tensor | None, *, start: Tensor | None, normaliser: str, activation: str, scale: float
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As the public function."""
+    options = {"normaliser": normaliser, "activation": activation, "scale": scale}
+    if also is not None and scale != 1:  # The kernel scales both.
+        return rotate(x, None, start=start, **options), rotate(also, None, start=start, **_PLAIN)
+    out, also_out = _Rotate.apply(x, also, start, options)
+    return out if also is None else (out, also_out)
+
+
+_PLAIN: dict[str, Any] = {"normaliser": "none", "activation": "none", "scale": 1.0}
+
+
+def unsupported(x: Tensor, also: Tensor | None, **_: Any) -> str | None:
     """Why these arguments cannot run here, or None."""
     if x.dtype == torch.float64:
         return "computes in float32, got float64"
@@ -170,20 +257,23 @@ def unsupported(x: Tensor, **_: Any) -> str | None:
     return unsupported_place(x)
 
 
-def _sm90_case(kind: str, width: int, dtype: str, started: str, normaliser: str, activation: str) -> Sm90Case:
+def _sm90_case(
+    kind: str, width: int, dtype: str, started: str, normaliser: str, activation: str, also: str = ""
+) -> Sm90Case:
     rows, block, warps = _tile(width)
     stream, table, size = f"*{dtype}:16", "*fp64:16", "i32:16"
-    strides = ("x_batch", "x_token", "x_head", "before_batch", "before_token", "before_head")
-    signature = {"x": stream, "before": stream, "out": stream, "turns": table, "log_decay": table, "start": "*i64:16"}
-    signature |= dict.fromkeys(strides, size)
-    signature |= {"tokens": "i32", "heads": "i32", "width": size, "blocks": "i32", "scale": "fp32"}
+    strides = (f"{name}_{place}" for name in ("x", "before", "also") for place in ("batch", "token", "head"))
+    signature = dict.fromkeys(("x", "before", "out", "also", "also_out"), stream)
+    signature |= {"turns": table, "log_decay": table, "start": "*i64:16"} | dict.fromkeys(strides, size)
+    signature |= {"tokens": "i32", "heads": "i32", "width": size, "programs": "i32", "scale": "fp32"}
     flags = {
         "STARTED": started == "started",
         "NORMALISED": normaliser == "retention",
         "SILU": activation == "silu",
         "BACKWARD": kind == "backward",
+        "ALSO": bool(also),
     }
-    name = f"{kind}-{started}-{normaliser}-{activation}-{dtype}-w{block}"
+    name = f"{kind}{also}-{started}-{normaliser}-{activation}-{dtype}-w{block}"
     return Sm90Case(name, _rotate, signature, {**flags, "TOKENS": rows, "WIDTH": block}, warps, 3)
 
 
@@ -192,5 +282,7 @@ def sm90_cases() -> Iterator[Sm90Case]:
     for kind in ("forward", "backward"):
         for width in (64, 384):
             yield _sm90_case(kind, width, "bf16", "first", "retention", "silu")
+            yield _sm90_case(kind, width, "bf16", "first", "retention", "silu", "-both")
             yield _sm90_case(kind, width, "bf16", "first", "none", "none")
         yield _sm90_case(kind, 384, "fp32", "started", "retention", "none")
+    yield _sm90_case("forward", 384, "bf16", "started", "retention", "silu", "-both")

@@ -115,9 +115,10 @@ def retention(
     """
     tokens, heads = q.shape[1:3]
     matrix, start = state if state is not None else (None, None)
+    queries, keys = rotate(q, k, start=start, normaliser="retention", activation=query_activation)
     out = decay_attention(
-        rotate(q, start=start, normaliser="retention", activation=query_activation),
-        rotate(k, start=start),
+        queries,
+        keys,
         v,
         log_decay(heads, q.device, torch.promote_types(q.dtype, torch.float32)),
         initial_state=matrix,
