@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dense_lab import counting
 from dense_lab.budget_spec import HIDDEN, BudgetSpec
-from dense_lab.components import FFN
+from dense_lab.components import FFN, Data
 from dense_lab.errors import InputError
 from dense_lab.model import ModelSpec
 from dense_lab.study import RunSpec
@@ -58,7 +58,12 @@ def size_of(spec: RunSpec, budget: BudgetSpec) -> float:
 
 def _vocabulary(spec: RunSpec, budget: BudgetSpec) -> int:
     matters = budget.target == "flops_per_token" or (budget.target == "params" and budget.count == "all")
-    return spec.data.vocabulary() if matters else 1
+    return _vocabulary_of(type(spec.data), spec.data.model_dump_json()) if matters else 1
+
+
+@functools.lru_cache
+def _vocabulary_of(kind: type[Data], text: str) -> int:
+    return kind.model_validate_json(text).vocabulary()
 
 
 def _size(model: ModelSpec, budget: BudgetSpec, vocabulary: int) -> float:
