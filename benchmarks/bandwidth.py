@@ -43,17 +43,17 @@ def graphed(calls: Sequence[Callable[[], Any]], prepare: Callable[[], Any] | Non
     return _timed(graph.replay, replays, CALLS)
 
 
-def eager(calls: Sequence[Callable[[], Any]], rounds: int = 20) -> Timing:
-    """Time of one call, when `calls` follow each other as Python makes them: the host's time where that is longer."""
+def eager(calls: Sequence[Callable[[], Any]], rounds: int = 20, count: int = CALLS) -> Timing:
+    """Time of one call, when `count` of them follow each other as Python makes them: the host's if that is longer."""
     for call in calls:
         call()
     torch.cuda.synchronize()
 
     def some() -> None:
-        for i in range(CALLS):
+        for i in range(count):
             calls[i % len(calls)]()
 
-    return _timed(some, rounds, CALLS)
+    return _timed(some, rounds, count)
 
 
 def _timed(work: Callable[[], Any], rounds: int, calls: int) -> Timing:

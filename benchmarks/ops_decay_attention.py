@@ -1,13 +1,12 @@
-"""Time decay attention on one GPU: forward, forward + backward, each kernel, long sequences, one token, first call.
+"""Time decay attention on one GPU: forward, forward + backward, each kernel, one token, first call.
 
     python benchmarks/ops_decay_attention.py              # the training shapes, eager and as CUDA graphs
     python benchmarks/ops_decay_attention.py --kernels    # time of each kernel of a training step
-    python benchmarks/ops_decay_attention.py --lengths    # 1k to 128k tokens, few heads
     python benchmarks/ops_decay_attention.py --token      # one token (decoding), as share of the copy's bandwidth
     python benchmarks/ops_decay_attention.py --first      # first call with empty caches, further shapes
-    python benchmarks/ops_decay_attention.py --peers      # where installed, one shape each, 100 seconds in all
 
-Milliseconds, median [10 %, 90 %], bfloat16, inputs in rotation. Run the tests first.
+Milliseconds, median [10 %, 90 %], bfloat16, inputs in rotation. Run the tests first. Other libraries: peers.py; long
+sequences: lengths.py.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -123,17 +121,6 @@ def kernels(shape: str) -> None:
             print(f"    {milliseconds:7.4f} ms  x{count}  {name[:90]}")
 
 
-def lengths() -> None:
-    """Cost per token as sequences grow: it must not."""
-    for heads, key_size, value_size in ((2, 384, 1536), (2, 64, 64)):
-        for tokens in (2**n for n in range(10, 18)):
-            found = measure(ours, (1, tokens, heads, heads, key_size, value_size, "constant"))
-            step = found["graph, forward + backward"].median
-            report(f"T {tokens:6} H {heads} K {key_size} V {value_size}", found)
-            print(f"    forward + backward {1e6 * step / tokens:.1f} ns per token")
-            torch.cuda.empty_cache()
-
-
 def token() -> None:
     """One token with a state in float32: as a new state, and in place."""
     batch, heads, key_size, value_size = 6, 2, 384, 1536
@@ -161,66 +148,18 @@ def first_call() -> None:
         subprocess.run([sys.executable, "-c", FIRST_CALL], env=environment, check=True, timeout=100)
 
 
-def fla_retention() -> Callable[..., Tensor]:
-    from fla.ops.retention import chunk_retention
-
-    return lambda q, k, v, g: chunk_retention(q, k, v)[0]
-
-
-def mamba_ssd() -> Callable[..., Tensor]:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-        rate = -torch.ones(v.shape[2], device=v.device)
-        return mamba_chunk_scan_combined(v, -g, rate, k, q, chunk_size=256)
-
-    return run
-
-
-def torch_attention() -> Callable[..., Tensor]:
-    """Softmax attention: another operation, a yardstick."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-    return run
-
-
-PEERS = {"middle": fla_retention, "ssd": mamba_ssd, "square": torch_attention}
-
-
-def peers(seconds: float = 100.0) -> None:
-    """Each peer in a process of its own, since some search for minutes on their first call."""
-    end = time.monotonic() + seconds
-    for shape, peer in PEERS.items():
-        name = f"{shape} {peer.__name__}"
-        command = [sys.executable, __file__, "--peer", shape]
-        try:
-            left = max(1.0, end - time.monotonic())
-            done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
-        except subprocess.TimeoutExpired:
-            print(f"{name}: not ready within the time")
-            continue
-        print(done.stdout.strip() or f"{name}: {done.stderr.strip().splitlines()[-1]}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="shape", help=f"of {', '.join(SHAPES)} (all)")
     modes = parser.add_mutually_exclusive_group()
-    for mode in ("kernels", "lengths", "token", "first", "peers"):
+    for mode in ("kernels", "token", "first"):
         modes.add_argument(f"--{mode}", action="store_true")
-    modes.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    alone = {"lengths": lengths, "token": token, "first": first_call, "peers": peers}
+    alone = {"token": token, "first": first_call}
     for mode, function in alone.items():
         if getattr(given, mode):
             function()
             return
-    if given.peer:
-        report(f"{given.peer} {PEERS[given.peer].__name__}", measure(PEERS[given.peer](), given.peer))
-        return
     for shape in given.shapes or SHAPES:
         if given.kernels:
             kernels(shape)

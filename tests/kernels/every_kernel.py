@@ -112,10 +112,13 @@ def main() -> None:
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         print(f"{time.perf_counter() - begin:6.1f} s  {name}", flush=True)
-    step = decay_attention(
-        *(draw(2, 1, 2, 33).detach() for _ in range(3)), -torch.rand(2, device=DEVICE), impl="triton"
-    )
-    print("one token", tuple(step.output.shape))
+    tokens = [draw(2, 1, 2, 33).detach() for _ in range(3)]
+    state = torch.randn(2, 2, 33, 33, device=DEVICE)
+    for given in (None, state):
+        decay_attention(*tokens, -torch.rand(2, device=DEVICE), initial_state=given, impl="triton")
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print(f"{time.perf_counter() - begin:6.1f} s  one token")
 
 
 if __name__ == "__main__":
