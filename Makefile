@@ -32,8 +32,8 @@ lint: .venv/installed-dev
 gpu-test:  ## on the GPU host, with that host's own Python
 	bash tests/gpu.sh
 
-bench:  ## on the GPU host
-	bash benchmarks/run.sh
+bench:  ## on the GPU host: every table, beside other libraries; ARGS=--quick for two minutes of it
+	bash benchmarks/run.sh $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info
