@@ -513,9 +513,6 @@ def selective_scan(
     return out, final, tuple(others)
 
 
-_UNSPECIALIZED = {"T", "segment", "every", "segments", "span", "splits", "groups", "stream"}
-
-
 def _signature(argument: Any) -> Any:
     """The Triton type of an argument as launches find it."""
     if isinstance(argument, tuple):
@@ -530,7 +527,11 @@ def _sm90_case(name: str, launch: Launch) -> Sm90Case:
     options = dict(launch.options)
     warps = options.pop("num_warps")
     arguments = zip(launch.kernel.arg_names, launch.arguments, strict=False)
-    signature = {n: "i32" if n in _UNSPECIALIZED else _signature(value) for n, value in arguments}
+    plain = {param.name for param in launch.kernel.params if param.do_not_specialize}
+    fixed = {param.name for param in launch.kernel.params if param.is_constexpr}
+    given = dict(arguments)
+    options |= {name: value for name, value in given.items() if name in fixed}
+    signature = {n: "i32" if n in plain else _signature(value) for n, value in given.items() if n not in fixed}
     return Sm90Case(f"{name}-{launch.kernel.__name__}", launch.kernel, signature, options, warps, 3)
 
 

@@ -92,18 +92,21 @@ def add_channels(out, x, first, live, n_last, TILE: tl.constexpr, CHUNK: tl.cons
 
 
 @triton.jit
-def side_by_side(stride, channel, TILE: tl.constexpr):
-    """Offsets [TILE, BLOCK] of neighbouring rows, a channel to a thread (see `state_offsets`)."""
-    return tl.multiple_of(tl.max_contiguous(tl.arange(0, TILE)[:, None] * stride + channel[None, :], [1, 2]), [1, 1])
+def rows_from(pointer, stride, channel, TILE: tl.constexpr):
+    """Pointers [TILE, BLOCK] to `channel` of the rows from `pointer` on.
+
+    Channel first, then the row: one addition per row, the same for all threads, instead of an offset for each.
+    """
+    return (pointer + channel[None, :]) + tl.arange(0, TILE).to(tl.int64)[:, None] * stride
 
 
 @triton.jit
 def fetch_rows(tokens, strides, batch, t, channel, mask, TILE: tl.constexpr):
-    """TILE tokens from t on of every tensor [B, T, D], a channel to a thread; zeros where masked."""
+    """TILE tokens from t on of every tensor [B, T, D]; zeros where masked."""
     result = ()
     for i in tl.static_range(len(tokens)):
-        row = tokens[i] + batch * strides[i][0] + t.to(tl.int64) * strides[i][1]
-        result = result + (tl.load(row + side_by_side(strides[i][1], channel, TILE), mask=mask, other=0.0),)
+        row = tokens[i] + (batch * strides[i][0] + t.to(tl.int64) * strides[i][1])
+        result = result + (tl.load(rows_from(row, strides[i][1], channel, TILE), mask=mask, other=0.0),)
     return result
 
 
@@ -120,7 +123,7 @@ def chunk_states(A, kept, grads, dA, tile, tiles, piece, segments, home, fresh, 
     return rate, h, s, old
 
 
-@triton.jit(do_not_specialize=["T", "segment", "groups"])
+@triton.jit(do_not_specialize=["T", "D", "per_group", "segment", "groups"])
 def gradients(
     tokens, strides,  # [B, T, D] each: u of every stream, dt of every stream, the gates, the gradient, z and raw if any
     tables, table_strides,  # [B, T, G, N] each: B of every stream, C
@@ -130,7 +133,7 @@ def gradients(
     du, ddt, dgate, dz,  # [m + 1, B, T, D], the same, [m, B, T, D] and [B, T, D]
     sums,  # [m + 2, blocks, B, G, T, N] float32: the gradients of every B, and of C, of one block of channels
     dA, dchannel,  # [m + 1, B segments, N, D]; [m + 2, B segments, D]: skip, and the bias of every stream
-    T, D, N, per_group, groups, segment,
+    T, D, N: tl.constexpr, per_group, groups, segment,
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr, M: tl.constexpr,
     NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -163,13 +166,12 @@ def gradients(
         inside = live & exists[None, :]
         rows = fetch_rows(tokens, strides, batch, tile * TILE, channel, inside, TILE)
         row = (batch * T + tile * TILE) * D
-        places = side_by_side(D, channel, TILE)
         grad = rows[3 * M + 2].to(tl.float32)
         if HAS_Z:
             z = rows[3 * M + 3].to(tl.float32)
             open_ = sigmoid(z)
             z_grad = grad * rows[3 * M + 4].to(tl.float32) * open_ * (1.0 + z * (1.0 - open_))
-            tl.store(dz + row + places, z_grad.to(dz.dtype.element_ty), mask=inside)
+            tl.store(rows_from(dz + row, D, channel, TILE), z_grad.to(dz.dtype.element_ty), mask=inside)
             grad = grad * z * open_
         step, taken, flow, lost, gates, gate_grads = (), (), (), (), (), ()
         for i in tl.static_range(M + 1):
@@ -183,9 +185,11 @@ def gradients(
             gate_grads = gate_grads + (tl.zeros([TILE, BLOCK], tl.float32),)
         for first in tl.range(0, NP, CHUNK, loop_unroll_factor=UNROLL):
             n = first + c
-            mask = (n < N)[:, None] & exists[None, :]
+            mask, shared_mask = exists[None, :], live
+            if N != NP:
+                mask, shared_mask = (n < N)[:, None] & mask, (n < N)[None, :] & live
             offsets = state_offsets(channel, n, D)
-            shared = fetch_shared(tables, table_strides, batch, group, t, n, live & (n < N)[None, :])
+            shared = fetch_shared(tables, table_strides, batch, group, t, n, shared_mask)
             rate, h, s, old = chunk_states(
                 A, kept, grads, dA, tile, tiles, piece, segments, home, walked == 0, offsets, mask, D, N, M
             )
@@ -238,13 +242,14 @@ def gradients(
                 value_grad += skips[None, :] * grad
                 dskip += tl.sum(grad * value, axis=0)
             first_row = (i * batches * T).to(tl.int64) * D + row
-            tl.store(du + first_row + places, value_grad.to(du.dtype.element_ty), mask=inside)
-            tl.store(ddt + first_row + places, x_grad.to(ddt.dtype.element_ty), mask=inside)
+            tl.store(rows_from(du + first_row, D, channel, TILE), value_grad.to(du.dtype.element_ty), mask=inside)
+            tl.store(rows_from(ddt + first_row, D, channel, TILE), x_grad.to(ddt.dtype.element_ty), mask=inside)
             added = added + (dbias[i] + tl.sum(x_grad, axis=0),)
         dbias = added
         for i in tl.static_range(M):
             first_row = (i * batches * T).to(tl.int64) * D + row
-            tl.store(dgate + first_row + places, gate_grads[i].to(dgate.dtype.element_ty), mask=inside)
+            place = rows_from(dgate + first_row, D, channel, TILE)
+            tl.store(place, gate_grads[i].to(dgate.dtype.element_ty), mask=inside)
     rows_of = batches * segments
     if HAS_SKIP:
         tl.store(dchannel + home.to(tl.int64) * D + channel, dskip, mask=exists)
