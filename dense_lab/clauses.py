@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from dense_lab.recorded import SIZES, Budget, Quantity, Record
+from dense_lab.recorded import SIZES, Quantity, Record
 from dense_lab.results import TrialView
 from dense_lab.units import human
 
@@ -55,32 +55,28 @@ def seeds(record: Record) -> list[Clause]:
 
 def sizes(record: Record) -> list[Clause]:
     """Parameters and FLOPs, and the state if the budget is about it: what is matched closely, the rest loosely."""
-    budgets = {arm: record.budget(arm) for arm in record.cells}
-    matched = {budget.about for budget in budgets.values()}
-    return [_size(record, about, budgets) for about in SIZES if about != "state_bytes" or about in matched]
+    return [_size(record, about) for about in SIZES if about != "state_bytes" or record.budget.about == about]
 
 
-def _size(record: Record, about: Quantity, budgets: Mapping[str, Budget]) -> Clause:
+def _size(record: Record, about: Quantity) -> Clause:
     name, called = SIZES[about]
-    count = "all" if any(budget.counted == "all" for budget in budgets.values()) else "non_embedding"
-    amounts = {arm: _amount(cell, about, count) for arm, cell in record.one.items()}
+    budget = record.budget
+    amounts = {arm: _amount(cell, about, budget.counted) for arm, cell in record.one.items()}
     own = amounts.get(record.ablation.baseline)
-    wrong, most, limits = [], 0.0, set()
-    for arm, amount in amounts.items():
-        budget = budgets[arm]
-        limit, wanted = (budget.tolerance, budget.amount or own) if budget.about == about else (LOOSE, own)
-        limits.add(limit)
-        if amount is None or not wanted:
-            wrong.append(f"of {arm if amount is None else record.ablation.baseline} not recorded")
-            continue
-        off = amount / wanted - 1
-        most = max(most, abs(off))
-        if abs(off) > limit * (1 + 1e-9):  # what stands on the limit is within it, whatever a float's last digit says
-            wrong.append(
-                f"{arm} has {human(amount)}, {_percent(off, '+')} from {human(wanted)} (limit {_percent(limit)})"
-            )
-    called = f"non-embedding {called}" if about == "params" and count != "all" else called
-    return _clause(name, wrong, f"{called} within {_percent(most)} (limit {_percent(max(limits))})")
+    limit, wanted = (budget.tolerance, budget.amount or own) if budget.about == about else (LOOSE, own)
+    missing = [arm for arm, amount in amounts.items() if amount is None]
+    if missing or not wanted:
+        return Clause(name, False, f"{called} not recorded of {_listed(missing or [record.ablation.baseline])}")
+    off = {arm: amount / wanted - 1 for arm, amount in amounts.items() if amount is not None}
+    most = max(map(abs, off.values()))
+    # What stands on the limit is within it, whatever the last digit of a float says.
+    wrong = [
+        f"{arm} has {human(amounts[arm] or 0)}, {_percent(share, '+')} from {human(wanted)} (limit {_percent(limit)})"
+        for arm, share in off.items()
+        if abs(share) > limit * (1 + 1e-9)
+    ]
+    called = f"non-embedding {called}" if about == "params" and budget.counted != "all" else called
+    return _clause(name, wrong, f"{called} within {_percent(most)} (limit {_percent(limit)})")
 
 
 def _amount(trial: TrialView, about: Quantity, count: str) -> float | None:

@@ -21,7 +21,7 @@ SIZES: dict[Quantity, tuple[str, str]] = {
 
 
 class Budget(NamedTuple):
-    """What the sizes of an arm are held against."""
+    """What the sizes of the arms are held against."""
 
     about: Quantity
     amount: float | None
@@ -61,10 +61,11 @@ class Record:
         """Finished tuning trials of an arm."""
         return [t for t in self.results.having("complete", "failed") if t.role == "tune" and t.label == arm]
 
-    def budget(self, arm: str) -> Budget:
-        """An arm's budget, as the manifest has it."""
+    @property
+    def budget(self) -> Budget:
+        """The baseline's, as the manifest has it: arms with budgets of their own are held against it too."""
         manifest = self.results.manifest
-        said = {**manifest.get("fixed", {}), **manifest.get("arms", {}).get(arm, {})}
+        said = {**manifest.get("fixed", {}), **manifest.get("arms", {}).get(self.ablation.baseline, {})}
         for about in SIZES:
             if said.get(f"budget.{about}") is not None:
                 tolerance = float(said.get("budget.tolerance", TOLERANCE))

@@ -23,6 +23,7 @@ COMMANDS = {
     "search": "Run a study, or go on with it.",
     "status": "How a study is going.",
     "report": "Leaderboard, plots and tables of a study.",
+    "power": "How many seeds an ablation needs, by the scatter of those it has.",
     "plugins": "List the plugins and what each brought, or why it is left out.",
     "schema": "Print the JSON Schema of studies, for editors.",
     "sync": "Send to MLflow what it is missing of a study.",

@@ -98,13 +98,13 @@ def seeds_needed(
     return candidates[low]
 
 
-def upper_deviation(sd: float, df: int, confidence: float = 0.8) -> float:
+def upper_deviation(sd: float, df: float, confidence: float = 0.8) -> float:
     """One-sided upper confidence limit of a standard deviation estimated with `df` degrees of freedom.
 
     A pilot of few seeds underestimates scatter more often than not; planning with this limit gives at least the
     promised power with about this confidence (Browne 1995).
     """
-    return float(sd * np.sqrt(df / stats.chi2.ppf(1 - confidence, df))) if df >= 1 else float("nan")
+    return float(sd * np.sqrt(df / stats.chi2.ppf(1 - confidence, df))) if df > 0 else float("nan")
 
 
 def check_levels(alpha: float, power: float) -> None:
