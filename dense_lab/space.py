@@ -183,9 +183,8 @@ class Study:
 
     def leaves(self, run: RunSpec, params: Mapping[str, Any]) -> dict[str, Any]:
         """Every single value of `run`, the one at `params`, by dotted path: what `--set` takes and MLflow shows."""
-        if self.ablation and "arm" in params:
-            arm = self.ablation.arm(params["arm"])
-            return arm.study.leaves(run, arm.point)
+        if self.ablation:
+            return frozen.plain(run.model_dump(mode="json"))
         origins: Origins = {}
         trees.close(self.root, _lookup(params), origins)
         return frozen.by_path(run.model_dump(mode="json"), origins)

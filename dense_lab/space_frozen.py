@@ -22,6 +22,11 @@ def leaves(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[s
         yield at, value
 
 
+def plain(dumped: dict[str, Any]) -> dict[str, Any]:
+    """Leaves of a dumped spec by dotted path without labels, however a study spells it; a kind is at its component."""
+    return {".".join(map(str, at[:-1] if at[-1] == "kind" else at)): value for at, value in leaves(dumped)}
+
+
 def by_path(dumped: dict[str, Any], origins: Origins) -> dict[str, Any]:
     """Leaves of a dumped spec by the dotted paths that the study has for them; a kind is at its component's path."""
     found = {}

@@ -14,6 +14,7 @@ from dense_lab.ablation import factors
 from dense_lab.ablation.spec import KEYS, AblationSpec, TuneSpec
 from dense_lab.errors import InputError, Problem, did_you_mean
 from dense_lab.metric_names import direction
+from dense_lab.space_frozen import plain
 from dense_lab.space_parse import open_tree
 from dense_lab.space_problems import problems
 from dense_lab.space_tree import Origins, Point, Table, close
@@ -61,7 +62,7 @@ class Arm:
     @functools.cached_property
     def leaves(self) -> dict[str, Any]:
         """Every single value of the arm, by dotted path, what a budget decides as it is before that."""
-        return self.study.leaves(self.spec.run(), self.point)
+        return plain(self.spec.run().model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _check_keys(study: Study, draft: Draft, spec: AblationSpec) -> None:
     if spec.tune is not None and spec.tune.seed in spec.seeds:
         message = f"the seed {spec.tune.seed} is one of `seeds`: tuning needs one of its own"
         found.append(Problem(message, "tune.seed", draft.where(("tune", "seed"))))
-    if spec.ablate is not None and spec.baseline is not None:
+    if spec.ablate is not None and spec.baseline is not None and not spec.arms:
         found.append(said("baseline", "with `ablate`, the baseline is `ablate.baseline`"))
     if spec.arms and spec.baseline not in spec.arms:
         names = ", ".join(spec.arms)

@@ -118,8 +118,8 @@ class CellPlan:
         return found
 
     def choices(self, ledger: Ledger) -> dict[str, dict[str, Any]]:
-        """What has been chosen for each arm so far, for the manifest."""
-        return {arm: choice["tuned"] for arm, choice in self._tuned(ledger.trials()).items() if choice}
+        """What has been chosen for each arm so far, or why nothing was, for the manifest."""
+        return {arm: choice.get("tuned", choice) for arm, choice in self._tuned(ledger.trials()).items() if choice}
 
 
 def plan(ablation: Ablation, extra: Iterable[tuple[str, int]] = ()) -> CellPlan:

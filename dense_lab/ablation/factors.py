@@ -58,13 +58,13 @@ def _given(ablate: AblateSpec, known: Mapping[str, Parameter], places: Mapping[s
         place = places.get(path, "")
         if path not in known:
             message = f"no open value {path!r}.{did_you_mean(path, known)} Open: {', '.join(known)}"
-            found.append(Problem(message, f"ablate.baseline.{path}", place))
+            found.append(Problem(message, "ablate.baseline", place))
             continue
         try:
             said = label(value, Shape(), with_keys=True) if isinstance(known[path], Choice) else value
             point[path] = known[path].check(said)
         except InputError as error:
-            found += [Problem(p.message, f"ablate.baseline.{path}", place) for p in error.problems]
+            found += [Problem(p.message, "ablate.baseline", place) for p in error.problems]
     if found:
         raise InputError(found)
     return point

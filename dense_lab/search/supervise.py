@@ -50,7 +50,9 @@ class Supervisor:
         """How each process of this search that died came to it, by process id."""
         self._stillborn = 0
         self._idle = False
-        """Whether a worker found nothing to start, and nothing was queued since."""
+        """Whether a worker found nothing to start, and nothing was queued or has finished since."""
+        self._finished = 0
+        """Trials that had finished when the ledger was last looked at."""
         self._stop_by = float("inf")
         self._listen_at = time.monotonic() + _HEARTBEATS
 
@@ -99,11 +101,15 @@ class Supervisor:
 
     def _fill(self) -> None:
         """A worker for every free place, while there is work that nobody is about to take."""
-        for index in range(self.size):
-            if index in self._workers or self.stopping or self._idle:
-                continue
-            if len(self._workers) >= self.job.plan.total - book.finished(self.ledger.trials()):
-                return
+        free = [index for index in range(self.size) if index not in self._workers]
+        if not free or self.stopping:
+            return
+        finished = book.finished(self.ledger.trials())
+        # What has finished may have been what a cell was waiting for.
+        news, self._finished = finished != self._finished, finished
+        if self._idle and not (news and self.may_start()):
+            return
+        for index in free[: max(0, self.job.plan.total - finished - len(self._workers))]:
             self._workers[index] = _start(replace(self.job, index=index))
 
     def _bury(self) -> None:

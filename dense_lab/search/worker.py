@@ -202,9 +202,9 @@ class Worker:
         known = self.shelf.find(said["digest"], said.get("role", ""))
         if known is not None and not ending.has_ended(folder):
             origin = take(known, folder)
-            began = read_json(folder / "result.json")["started"]
+            began = {"started": known.started.isoformat()} if known.started else {}
             tags = {**said.get("tags", {}), "reused_from": origin}
-            write_json(folder / TRIAL_FILE, {**said, "started": began, "reused_from": origin, "tags": tags})
+            write_json(folder / TRIAL_FILE, {**said, **began, "reused_from": origin, "tags": tags})
 
     def _trained(self, trial: optuna.Trial, spec: RunSpec, folder: Path) -> list[float]:
         import optuna
