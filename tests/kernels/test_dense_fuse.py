@@ -49,10 +49,11 @@ def test_compiled_equals_the_reference(sources: int, width: int, gate: str, norm
 
 
 @pytest.mark.parametrize("norm", ["norm", "no-norm"])
-def test_raw_streams_and_a_bottleneck(norm: str) -> None:
+@pytest.mark.parametrize("rank", [5, 20])
+def test_raw_streams_and_a_bottleneck(rank: int, norm: str) -> None:
     given = inputs(2, norm=norm, gate="no-gate")
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(*size, 5, generator=generator, dtype=torch.float64) for size in ((3, 23), (37,)))
+    hidden, weight = (torch.randn(*size, rank, generator=generator, dtype=torch.float64) for size in ((3, 23), (37,)))
     options = {"activation": "sigmoid", "stream_activation": "silu", "scale": 0.3, "returning": "fused and own"}
     found, expected = (
         run_with_gradients(partial(dense_fuse, impl=impl, **options), {**given, "gate": Bottleneck(hidden, weight)})
@@ -66,6 +67,24 @@ def test_raw_streams_and_a_bottleneck(norm: str) -> None:
         fused = torch.nn.functional.rms_norm(fused, (37,), given["weight"], 1e-6)
     assert torch.allclose(expected["output[0]"], fused, rtol=1e-12)
     assert torch.equal(expected["output[1]"], given["own"])
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("gate", ["no-gate", "shared", "each", "bottleneck"])
+@pytest.mark.parametrize("norm", ["norm", "no-norm"])
+def test_owns_other_gradient_is_added(norm: str, gate: str) -> None:
+    given = inputs(2, norm=norm, gate="no-gate" if gate == "bottleneck" else gate)
+    if gate == "bottleneck":
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(*size, 5, generator=generator, dtype=torch.float64) for size in ((3, 23), (37,)))
+        given["gate"] = Bottleneck(hidden, weight)
+    fast, plain = (
+        partial(dense_fuse, activation="silu", returning="fused and own", impl=impl) for impl in ("numba", "reference")
+    )
+    assert_equal_within(run_with_gradients(fast, given), run_with_gradients(plain, given), tolerance=1e-12)
+    low = as_dtype(given, torch.float32)
+    exact = run_with_gradients(plain, as_dtype(low, torch.float64))
+    assert_as_accurate(run_with_gradients(fast, low), run_with_gradients(plain, low), exact)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

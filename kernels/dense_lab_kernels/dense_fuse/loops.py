@@ -1,7 +1,8 @@
 """The compiled loops of dense fusion: each task is a run of rows, taken row by row; a row stays in the nearest cache.
 
 own, out and the gradients are [rows, W]; sources and gates are tables of addresses of such arrays, so that one compiled
-loop serves any number of them. gates holds none, one (shared by all sources) or one per source.
+loop serves any number of them. gates holds none, one (shared by all sources) or one per source. A shared gate may be
+computed here instead, as hidden [rows, R] times table [R, W], so that it never is an array; without one R is 0.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from typing import Any
 
 from dense_lab_kernels._numba import compiled, inlined
-from dense_lab_kernels._vector import WIDTH, exp, load, load_from, spread, store, total
+from dense_lab_kernels._vector import WIDTH, exp, load, load_from, pick, put, spread, store, total
 
 ROWS = 32  # of a task
 
@@ -31,20 +32,38 @@ def _activated(gate: Vector, silu: bool, sigmoid: bool, like: Array) -> tuple[Ve
 
 
 @inlined
-def _fused(own: Array, sources: Array, gates: Array, silu: bool, sigmoid: bool, at: int) -> Vector:
-    """own + sum_i act(gate_i) source_i of WIDTH numbers from `at` on."""
-    fused, read = load(own, at), load_from(sources, 0, own, at)
+def _shared(inputs: Any, silu: bool, sigmoid: bool, row: int, column: int) -> tuple[Vector, Vector, Vector]:
+    """Sum of the sources, act(gate) and its derivative of WIDTH numbers, where there is one gate or none."""
+    own, sources, gates, hidden, table, _ = inputs
+    width, rank = own.shape[1], hidden.shape[1]
+    at = row * width + column
+    read = load_from(sources, 0, own, at)
+    for i in range(1, sources.size):
+        read = read + load_from(sources, i, own, at)
+    if gates.size == 0 and rank == 0:
+        return read, spread(own.dtype.type(1)), spread(own.dtype.type(0))
+    gate = spread(own.dtype.type(0))
+    if gates.size:
+        gate = load_from(gates, 0, own, at)
+    for i in range(rank):
+        gate = gate + load(table, i * width + column) * pick(hidden, row * rank + i)
+    active, slope = _activated(gate, silu, sigmoid, own)
+    return read, active, slope
+
+
+@inlined
+def _fused(inputs: Any, silu: bool, sigmoid: bool, row: int, column: int) -> Vector:
+    """own + sum_i act(gate_i) source_i of WIDTH numbers."""
+    own, sources, gates = inputs[0], inputs[1], inputs[2]
+    at = row * own.shape[1] + column
+    fused = load(own, at)
     if gates.size > 1:
-        fused = fused + read * _activated(load_from(gates, 0, own, at), silu, sigmoid, own)[0]
-        for i in range(1, sources.size):
+        for i in range(sources.size):
             scale = _activated(load_from(gates, i, own, at), silu, sigmoid, own)[0]
             fused = fused + load_from(sources, i, own, at) * scale
         return fused
-    for i in range(1, sources.size):
-        read = read + load_from(sources, i, own, at)
-    if gates.size:
-        read = read * _activated(load_from(gates, 0, own, at), silu, sigmoid, own)[0]
-    return fused + read
+    read, active, _ = _shared(inputs, silu, sigmoid, row, column)
+    return fused + read * active
 
 
 @compiled
@@ -61,13 +80,13 @@ def forward(
     stop: int,
 ) -> None:
     """Tasks first..stop: fill out and, when there is a weight, scales [rows] = 1 / sqrt(sum(fused^2) / count + eps)."""
-    own, sources, gates, weight = inputs
+    own, weight = inputs[0], inputs[5]
     rows, width = own.shape
     for row in range(first * ROWS, min(stop * ROWS, rows)):
         squares = spread(own.dtype.type(0))
-        for at in range(row * width, (row + 1) * width, WIDTH):
-            fused = _fused(own, sources, gates, silu, sigmoid, at)
-            store(out, at, fused)
+        for column in range(0, width, WIDTH):
+            fused = _fused(inputs, silu, sigmoid, row, column)
+            store(out, row * width + column, fused)
             squares = squares + fused * fused
         if weight.size == 0:
             continue
@@ -78,19 +97,53 @@ def forward(
 
 
 @inlined
-def _gates_back(
-    inputs: Any, silu: bool, sigmoid: bool, at: int, d_fused: Vector, d_reads: Array, d_gates: Array
-) -> None:
-    """From fused to what each gate lets through, d_reads, and to the gates; both [gates, rows, W]."""
-    own, sources, gates, _ = inputs
+def _gates_back(inputs: Any, silu: bool, sigmoid: bool, at: int, d_fused: Vector, d: Any) -> None:
+    """From fused to what each of several gates lets through, d_reads, and to the gates; both [gates, rows, W]."""
+    own, sources, gates = inputs[0], inputs[1], inputs[2]
+    d_reads, d_gates = d[1], d[2]
     for i in range(gates.size):
-        read = load_from(sources, i, own, at)
-        if gates.size == 1:
-            for other in range(1, sources.size):
-                read = read + load_from(sources, other, own, at)
         active, slope = _activated(load_from(gates, i, own, at), silu, sigmoid, own)
         store(d_reads, i * own.size + at, active * d_fused)
-        store(d_gates, i * own.size + at, slope * read * d_fused)
+        store(d_gates, i * own.size + at, slope * load_from(sources, i, own, at) * d_fused)
+
+
+@inlined
+def _bottleneck_back(inputs: Any, row: int, part: int, scratch: Array, d: Any) -> None:
+    """From the row of the gate's gradient in scratch[1] to hidden, and to the table, whose part it is added to."""
+    own, hidden, table = inputs[0], inputs[3], inputs[4]
+    d_hidden, d_table = d[3], d[4]
+    width, rank = own.shape[1], hidden.shape[1]
+    for i in range(rank):
+        along, factor = spread(own.dtype.type(0)), pick(hidden, row * rank + i)
+        for column in range(0, width, WIDTH):
+            d_gate = load(scratch, width + column)
+            along = along + d_gate * load(table, i * width + column)
+            at = (part * rank + i) * width + column
+            store(d_table, at, load(d_table, at) + d_gate * factor)
+        put(d_hidden, row * rank + i, total(along))
+
+
+@inlined
+def _normal(inputs: Any, silu: bool, sigmoid: bool, row: int, scale: Any, d_out: Array, scratch: Array) -> Vector:
+    """Fill scratch with the row before the weight and, for one gate, with what its gradients need: act(gate) and
+    slope * read. Gives the products of the first with its gradient, to be summed."""
+    own, gates, weight = inputs[0], inputs[2], inputs[5]
+    width = own.shape[1]
+    along = spread(own.dtype.type(0))
+    for column in range(0, width, WIDTH):
+        at = row * width + column
+        if gates.size > 1:
+            fused = _fused(inputs, silu, sigmoid, row, column)
+        else:
+            read, active, slope = _shared(inputs, silu, sigmoid, row, column)
+            store(scratch, width + column, slope * read)
+            store(scratch, 2 * width + column, active)
+            fused = load(own, at) + read * active
+        if weight.size:
+            normal = fused * scale
+            store(scratch, column, normal)
+            along = along + normal * load(d_out, at) * load(weight, column)
+    return along
 
 
 @compiled
@@ -101,29 +154,26 @@ def backward(
     count: int,
     scales: Array,
     d_out: Array,
+    d_again: Array,
     d: Any,
     scratch: Array,
     first: int,
     stop: int,
 ) -> None:
-    """Tasks first..stop: fill d = own, reads, gates, weight; d_weight [tasks, W], zeros at first, is per task.
+    """Tasks first..stop: fill d = own, reads, gates, hidden, table, weight.
 
-    scratch [W]: a row of normalised numbers.
+    d_again: own's other gradient, or empty. Those of table [tasks, R, W] and weight [tasks, W], zeros at first, are per
+    task. scratch [3, W]: a row of normalised numbers, and what `_normal` says.
     """
-    own, sources, gates, weight = inputs
-    d_own, d_reads, d_gates, d_weight = d
+    own, _, gates, hidden, _, weight = inputs
+    d_own, d_reads, d_gates, _, _, d_weight = d
     rows, width = own.shape
     for task in range(first, stop):
         for row in range(task * ROWS, min((task + 1) * ROWS, rows)):
-            along, scale = spread(own.dtype.type(0)), own.dtype.type(1)
+            scale = own.dtype.type(1)
             if weight.size:
                 scale = scales[row]
-                for column in range(0, width, WIDTH):
-                    at = row * width + column
-                    normal = _fused(own, sources, gates, silu, sigmoid, at) * scale
-                    store(scratch, column, normal)
-                    along = along + normal * load(d_out, at) * load(weight, column)
-            mean = own.dtype.type(total(along) / count)
+            mean = own.dtype.type(total(_normal(inputs, silu, sigmoid, row, scale, d_out, scratch)) / count)
             for column in range(0, width, WIDTH):
                 at = row * width + column
                 d_fused = load(d_out, at)
@@ -132,5 +182,16 @@ def backward(
                     normal = load(scratch, column)
                     store(d_weight, part, load(d_weight, part) + d_fused * normal)
                     d_fused = (d_fused * load(weight, column) - normal * mean) * scale
+                if gates.size > 1:
+                    _gates_back(inputs, silu, sigmoid, at, d_fused, d)
+                elif d_reads.size:
+                    store(d_reads, at, load(scratch, 2 * width + column) * d_fused)
+                    d_gate = load(scratch, width + column) * d_fused
+                    store(scratch, width + column, d_gate)
+                    if gates.size:
+                        store(d_gates, at, d_gate)
+                if d_again.size:
+                    d_fused = d_fused + load(d_again, at)
                 store(d_own, at, d_fused)
-                _gates_back(inputs, silu, sigmoid, at, d_fused, d_reads, d_gates)
+            if hidden.size:
+                _bottleneck_back(inputs, row, task, scratch, d)
