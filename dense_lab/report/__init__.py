@@ -1,4 +1,4 @@
-"""The report of a study: one page that opens offline, the same as Markdown, and the leaderboard as CSV."""
+"""The report of a study, or of several: what was found, with intervals and verdicts, in every form a paper needs."""
 
 from dense_lab.report.write import ReportFiles, write_report
 

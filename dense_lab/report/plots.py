@@ -1,23 +1,21 @@
-"""The report's pictures, as SVG text. Colours follow one choice (the core, where it is open) through all of them."""
+"""The pictures of a search. Colours follow one choice (the core, where it is open) through all of them."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from dense_lab.report.drawing import COLOURS, Picture
 from dense_lab.report.tables import by_option, importance
 from dense_lab.results import StudyResults, TrialView
 from dense_lab.units import human
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-"""Okabe and Ito's palette, told apart by readers who see colours differently."""
 HIGHLIGHTED = 5
 """Curves drawn in full colour."""
 
 
-def all_plots(results: StudyResults) -> dict[str, tuple[str, str]]:
-    """Name -> (caption, SVG) of every plot that these results can fill."""
+def pictures(results: StudyResults) -> list[Picture]:
+    """Every plot that these results can fill."""
     metric = results.goals[0].metric
     plots = {
         "curves": (f"Validation loss while training; the best {HIGHLIGHTED} in colour.", _curves(results)),
@@ -35,21 +33,7 @@ def all_plots(results: StudyResults) -> dict[str, tuple[str, str]]:
     }
     if len(results.goals) > 1:
         plots["pareto"] = ("Pareto front of the first two objectives.", _pareto(results))
-    return {name: (caption, svg) for name, (caption, svg) in plots.items() if svg}
-
-
-def _draw(width: float, height: float, paint: Callable[[Any], None]) -> str:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    look: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False}
-    with rc_context({**look, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "svg.hashsalt": "0"}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        paint(figure)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+    return [replace(one, name=name, caption=caption) for name, (caption, one) in plots.items() if one]
 
 
 def _grouping(results: StudyResults) -> tuple[str, dict[str, str]]:
@@ -72,13 +56,13 @@ def _legend(axes: Any, path: str, colours: dict[str, str]) -> None:
         axes.legend(handles=handles, title=path, frameon=False, fontsize=9)
 
 
-def _curves(results: StudyResults) -> str:
+def _curves(results: StudyResults) -> Picture | None:
     path, colours = _grouping(results)
     ranked = results.ranked()
     drawn = [t for t in [*results.having("pruned"), *reversed(ranked)] if _valid(t)]
     best = {trial.number for trial in ranked[:HIGHLIGHTED]}
     if not drawn:
-        return ""
+        return None
 
     def paint(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -93,19 +77,19 @@ def _curves(results: StudyResults) -> str:
         axes.xaxis.set_major_formatter(lambda value, _: human(value))
         _legend(axes, path, colours)
 
-    return _draw(7.2, 4.2, paint)
+    return Picture("", "", 7.2, 4.2, paint)
 
 
 def _valid(trial: TrialView) -> list[tuple[float, float]]:
     return [(line["tokens"], line["valid/loss"]) for line in trial.curve if "valid/loss" in line]
 
 
-def _scatter(results: StudyResults, cost: str, label: str) -> str:
+def _scatter(results: StudyResults, cost: str, label: str) -> Picture | None:
     metric = results.goals[0].metric
     path, colours = _grouping(results)
     trials = [t for t in results.ranked() if cost in t.metrics]
     if not trials or metric == cost or len({t.metrics[cost] for t in trials}) < 2:
-        return ""
+        return None
 
     def paint(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -122,13 +106,13 @@ def _scatter(results: StudyResults, cost: str, label: str) -> str:
         axes.set(xlabel=label, ylabel=metric)
         _legend(axes, path, colours)
 
-    return _draw(5.2, 3.8, paint)
+    return Picture("", "", 5.2, 3.8, paint)
 
 
-def _importance(results: StudyResults) -> str:
+def _importance(results: StudyResults) -> Picture | None:
     shares = importance(results)
     if not shares:
-        return ""
+        return None
 
     def paint(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -137,14 +121,14 @@ def _importance(results: StudyResults) -> str:
         axes.set(xlabel="share of variance", xlim=(0, 1))
         axes.grid(visible=False, axis="y")
 
-    return _draw(7.2, 0.9 + 0.28 * len(shares), paint)
+    return Picture("", "", 7.2, 0.9 + 0.28 * len(shares), paint)
 
 
-def _effects(results: StudyResults) -> str:
+def _effects(results: StudyResults) -> Picture | None:
     groups = by_option(results)
     metric = results.goals[0].metric
     if not groups:
-        return ""
+        return None
     rows = [(path, option) for path, options in groups.items() for option in sorted(options)]
 
     def paint(figure: Any) -> None:
@@ -161,15 +145,15 @@ def _effects(results: StudyResults) -> str:
         )
         axes.set(xlabel=metric, ylim=(-0.6, len(rows) - 0.4))
 
-    return _draw(7.2, 0.9 + 0.27 * len(rows), paint)
+    return Picture("", "", 7.2, 0.9 + 0.27 * len(rows), paint)
 
 
-def _pareto(results: StudyResults) -> str:
+def _pareto(results: StudyResults) -> Picture | None:
     first, second = (goal.metric for goal in results.goals[:2])
     trials = [t for t in results.ranked() if second in t.metrics]
     front = sorted(results.pareto(), key=lambda t: t.metrics[first])
     if not trials:
-        return ""
+        return None
 
     def paint(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -181,4 +165,4 @@ def _pareto(results: StudyResults) -> str:
         axes.xaxis.set_major_formatter(lambda value, _: human(value))
         axes.set(xlabel=second, ylabel=first)
 
-    return _draw(5.2, 3.8, paint)
+    return Picture("", "", 5.2, 3.8, paint)

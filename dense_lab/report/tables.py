@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
+from dense_lab.report.table import Table
 from dense_lab.results import StudyResults, TrialView
 from dense_lab.units import human
 
 COSTS = ("tokens_per_second", "parameters", "state_bytes", "flops_per_token")
 """Shown beside the objectives."""
+RECORDED = ("commit", "device", "dtype", "data", "seed", "plugins", "implementations", "torch", "triton", "python")
+"""Tags of a trial that say where its numbers come from."""
 FEWEST = 4
 """Complete trials below which importance is not computed: a forest of three points says nothing."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table; cells are text."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
 
 
 def metric_text(name: str, value: float | None) -> str:
@@ -48,7 +40,8 @@ def leaderboard(results: StudyResults) -> Table:
         )
         for place, trial in enumerate(results.ranked(), 1)
     )
-    return Table("Leaderboard", ("#", "trial", *shown, *(path.removeprefix("model.") for path in paths)), rows)
+    columns = ("#", "trial", *shown, *(path.removeprefix("model.") for path in paths))
+    return Table("Leaderboard", columns, rows, name="leaderboard", left=0)
 
 
 def effects(results: StudyResults) -> Table:
@@ -65,9 +58,8 @@ def effects(results: StudyResults) -> Table:
     note = (
         "Trials of a search are not paired: other choices differ between the rows, and a sampler favours what it likes."
     )
-    return Table(
-        "Effect of each choice", ("choice", "option", "trials", f"best {metric}", f"median {metric}"), tuple(rows), note
-    )
+    columns = ("choice", "option", "trials", f"best {metric}", f"median {metric}")
+    return Table("Effect of each choice", columns, tuple(rows), note, name="effects", left=2)
 
 
 def by_option(results: StudyResults) -> dict[str, dict[str, list[TrialView]]]:
@@ -127,17 +119,19 @@ def _param(value: Any) -> str:
 def troubles(results: StudyResults) -> Table:
     """Trials that were pruned or failed, and why."""
     rows = tuple((str(t.number), t.state, t.reason) for t in results.having("failed", "pruned", "interrupted"))
-    return Table("Pruned, failed and interrupted trials", ("trial", "state", "why"), rows)
+    return Table("Pruned, failed and interrupted trials", ("trial", "state", "why"), rows, name="troubles", left=3)
 
 
 def provenance(results: StudyResults) -> Table:
     """What a reader needs to repeat the study."""
-    tags = [trial.tags for trial in results.having("complete")]
+    trials = results.having("complete")
     rows = [("study", results.name), ("digest", results.digest)]
-    rows += [("search", ", ".join(f"{k} {v}" for k, v in results.search.items() if k != "objective"))]
-    rows += [("objective", ", ".join(f"{g.direction} {g.metric}" for g in results.goals))]
-    for name in ("commit", "device", "dtype", "data", "seed", "plugins", "implementations", "torch", "python"):
-        values = sorted({str(t[name]) for t in tags if name in t})
-        if values:
-            rows.append((name, "; ".join(values)))
-    return Table("Provenance", ("what", "value"), tuple(rows))
+    if results.ablation is None:
+        rows += [("search", ", ".join(f"{k} {v}" for k, v in results.search.items() if k != "objective"))]
+        rows += [("objective", ", ".join(f"{g.direction} {g.metric}" for g in results.goals))]
+    found = {name: sorted({t.tags[name] for t in trials if name in t.tags}) for name in RECORDED}
+    found["dense-lab"] = [str(results.manifest["dense_lab"])] if "dense_lab" in results.manifest else []
+    dates = [time for t in trials for time in (t.started, t.ended) if time]
+    found["date"] = [f"{min(dates):%Y-%m-%d %H:%M} to {max(dates):%Y-%m-%d %H:%M} UTC"] if dates else []
+    rows += [(name, "; ".join(values)) for name, values in found.items() if values]
+    return Table("Provenance", ("what", "value"), tuple(rows), name="provenance", left=2)
