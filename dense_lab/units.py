@@ -36,7 +36,7 @@ def number(value: Any) -> Any:
 def human(value: float, unit: str = "") -> str:
     """A count in three significant digits: `1.23M`, `45.6k`, `789`; `unit` is appended after a space."""
     for factor, suffix in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if abs(value) >= factor:
+        if float(f"{abs(value):.3g}") >= factor:
             return f"{value / factor:.3g}{suffix}" + (f" {unit}" if unit else "")
     return f"{value:.3g}" + (f" {unit}" if unit else "")
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "show": "What a study means: its space, parameters, FLOPs, state, time. Trains nothing.",
     "verify": "Compare the operations that a study uses with float64, on this machine.",
     "tune": "Measure launch parameters of GPU kernels and keep what is faster.",
+    "plan": "Arms, solved sizes, cost and doubts of a study, before anything runs.",
     "train": "Train one run.",
     "search": "Run a study, or go on with it.",
     "status": "How a study is going.",

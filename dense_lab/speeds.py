@@ -1,0 +1,130 @@
+"""How fast a device trains, and what computes each operation on it."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from dense_lab.components import Data
+from dense_lab.model import ModelSpec
+from dense_lab.results import TrialView, read_study
+from dense_lab.study import RunSpec, TrainSpec
+from dense_lab.training.device import Place
+
+if TYPE_CHECKING:
+    from dense_lab.corpus import Corpus
+
+EFFICIENCY = 0.2
+"""Part of the matrix-product rate that small models reach in training on a CPU: an order of magnitude."""
+Source = Literal["measured", "scaled", "guessed"]
+
+
+def corpus(data: Data) -> Corpus:
+    """The prepared data; the last few are kept."""
+    return _corpus(type(data), data.model_dump_json())
+
+
+@functools.lru_cache(4)
+def _corpus(kind: type[Data], text: str) -> Corpus:
+    return kind.model_validate_json(text).prepare()
+
+
+class Speeds:
+    """How many FLOPs of the forward pass a device trains in a second, an evaluation and all else included."""
+
+    def __init__(self, place: Place, measured: dict[str, list[tuple[float, float]]]) -> None:
+        """`measured`: for each arm, FLOPs per token and tokens per second of its runs on this device."""
+        self._place = place
+        self._measured = measured
+        rates = [flops * speed for runs in measured.values() for flops, speed in runs]
+        self._typical = statistics.median(rates) if rates else None
+
+    def seconds(self, name: str, flops: float, train: TrainSpec) -> tuple[float, Source]:
+        """Of one run, and how that is known."""
+        evaluated = train.evaluations * train.valid_tokens + train.test_tokens
+        tokens = train.tokens + evaluated / 3  # A step is about three forward passes.
+        if runs := [speed for known, speed in self._measured.get(name, []) if known == flops]:
+            return tokens / statistics.median(runs), "measured"
+        if self._typical:
+            return tokens * flops / self._typical, "scaled"
+        return tokens * 3 * flops / (EFFICIENCY * self._matrix_rate), "guessed"
+
+    @functools.cached_property
+    def _matrix_rate(self) -> float:
+        """FLOPs per second of a matrix product, in the dtype that training uses."""
+        size = 8192 if self._place.device.type == "cuda" else 1024
+        a = torch.randn(size, size, device=self._place.device, dtype=self._place.dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()  # Waits for a GPU.
+            times.append(time.perf_counter() - start)
+        return 2.0 * size**3 / min(times)
+
+    def told(self, sources: Collection[Source]) -> str:
+        """How times were found, in a sentence."""
+        words: dict[Source, str] = {
+            "measured": "measured: tokens/s of finished runs of the same arm here",
+            "scaled": "scaled: by FLOPs, from finished runs of other arms here",
+            "guessed": f"guessed: {EFFICIENCY:.0%} of this device's matrix-product rate, which may be off several "
+            "times over; a small model on a GPU takes longer",
+        }
+        return "; ".join(text for source, text in words.items() if source in sources)
+
+
+def measured(folder: Path | None, place: Place) -> dict[str, list[tuple[float, float]]]:
+    """FLOPs per token and tokens per second of the finished runs in a study's folder that ran on such a device."""
+    if folder is None or not (folder / "study.json").exists():
+        return {}
+    from dense_lab.cli.live import brief
+
+    def kind(described: str) -> str:
+        return described.split(" ", 1)[-1]
+
+    found: dict[str, list[tuple[float, float]]] = {}
+    for trial in read_study(folder).having("complete"):
+        here = kind(trial.tags.get("device", "")) == kind(place.describe())
+        if here and (known := _speed(trial)):
+            found.setdefault(trial.label or brief(trial.params), []).append(known)
+    return found
+
+
+def _speed(trial: TrialView) -> tuple[float, float] | None:
+    flops, speed = trial.metrics.get("flops_per_token"), trial.metrics.get("tokens_per_second")
+    return (flops, speed) if flops and speed else None
+
+
+def implementations(runs: Sequence[RunSpec], place: Place, patience: float = 2.0) -> dict[str, dict[str, str]]:
+    """What computes each operation on this device, by core: found by a pass over one sequence through two layers of
+    one plain and one dense architecture of each core; empty for a core whose turn is after `patience` seconds."""
+    chosen: dict[tuple[str, bool], RunSpec] = {}
+    for run in runs:
+        for layer in run.model.layers():
+            dense = layer.dense or run.model.dense
+            chosen.setdefault((layer.core.kind_name(), dense.span > 0), run)
+    found: dict[str, dict[str, str]] = {}
+    start = time.perf_counter()
+    for (core, _), run in chosen.items():
+        ran = found.setdefault(core, {})
+        if time.perf_counter() - start < patience:
+            ran.update(_ran(run, place))
+    return {core: dict(sorted(ran.items())) for core, ran in found.items()}
+
+
+def _ran(run: RunSpec, place: Place) -> dict[str, str]:
+    data = corpus(run.data)
+    model = run.model
+    blocks = model.blocks and tuple(block.model_copy(update={"repeat": min(block.repeat, 2)}) for block in model.blocks)
+    short: ModelSpec = model.model_copy(update={"blocks": blocks, "depth": min(model.depth, 2)})
+    module = short.build(data.vocab_size).to(place.device)
+    module.kernels = run.kernels
+    ids = torch.zeros(1, data.seq_len, dtype=torch.long, device=place.device)
+    with place.autocast():
+        module.loss(ids, ids)
+    return dict(module.ran)
