@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from dense_lab.dense import DenseSpec
 from dense_lab.errors import InputError
+from dense_lab.maps import joining
 from dense_lab.modules import CoreModule, RawStreams, Recurrence, State, StateReads, StateSite, Stream, Streams
 from dense_lab.norms import Dropout, RMSNorm
 
@@ -67,8 +68,9 @@ class Block(nn.Module):
         later layers may read."""
         x, h = drop.add(x, y, self.norm)
         own, unfused = state if isinstance(state, FusedState) else (state, None)
-        raw, before = self.core.project(h, own)
-        streams, past = self._connected(h, raw, history)
+        with joining(h, self._first_maps(h)) as mapped:
+            raw, before = self.core.project(h, own)
+        streams, past = self._connected(h, raw, history, iter(mapped))
         y, after = self._mix(h, streams, before, history)
         recurrence = self.core.recurrence(streams, before, after) if self.state_readers else None
         if recurrence is not None and self._fuses_its_state():
@@ -78,7 +80,14 @@ class Block(nn.Module):
             y = self.ffn(h)
         return x, y, after, Past(past, recurrence)
 
-    def _connected(self, h: Tensor, raw: Streams, history: Sequence[Past]) -> tuple[Streams, Streams]:
+    def _first_maps(self, x: Tensor) -> list[Tensor]:
+        """Weights of what the connections of raw streams map x by, in their order."""
+        connections = [self.dense[site] for site in self.reads if site in self._left_raw(x)]
+        return [weight for connection in connections for weight in connection.first_map()]  # type: ignore[operator]
+
+    def _connected(
+        self, h: Tensor, raw: Streams, history: Sequence[Past], mapped: Iterator[Tensor]
+    ) -> tuple[Streams, Streams]:
         """Streams with the sources fused in, and those that later layers read."""
         left = self._left_raw(h)
         connected = {site: layers for site, layers in self.reads.items() if site not in self.state_sites}
@@ -90,7 +99,9 @@ class Block(nn.Module):
                 streams[site] = connection(h, streams[site], sources)
                 continue
             stream = next(stream for stream in self.core.streams if stream.name == site)
-            fused, own = connection.fuse_raw(h, RawStreams(raw[site], sources, stream))  # type: ignore[operator]
+            own_maps = [next(mapped) for _ in connection.first_map()]  # type: ignore[operator]
+            streams_read = RawStreams(raw[site], sources, stream)
+            fused, own = connection.fuse_raw(h, streams_read, own_maps)  # type: ignore[operator]
             streams[site] = fused
             if site in past:
                 past[site] = own

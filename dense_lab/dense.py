@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dense_lab.components import FusionSlot, PatternSlot, Spec, TransitionSlot
 from dense_lab.errors import InputError, did_you_mean
-from dense_lab.maps import linear_maps
+from dense_lab.maps import rounded
 from dense_lab.modules import (
     CoreModule,
     GateModule,
@@ -129,18 +129,27 @@ class DenseConnection(StateConnection):
         """Whether `fuse_raw` can be called."""
         return isinstance(self.fusion, RawFusionModule) and self.transition.scaling() is not None
 
-    def fuse_raw(self, x: Tensor, raw: RawStreams) -> tuple[Tensor, Tensor]:
-        """As `forward` on what `project` gave; also gives own as it came, see `RawFusionModule.fuse_raw`."""
+    def first_map(self) -> list[Tensor]:
+        """Weights whose product with x `fuse_raw` wants."""
+        gate = self.transition.scaling()
+        weights = gate.bottleneck() if gate is not None else None
+        return [] if weights is None else [weights[0]]
+
+    def fuse_raw(self, x: Tensor, raw: RawStreams, mapped: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """As `forward` on what `project` gave; also gives own as it came, see `RawFusionModule.fuse_raw`.
+
+        mapped: x by the maps of `first_map`.
+        """
         gate = self.transition.scaling()
         if gate is None or not isinstance(self.fusion, RawFusionModule):
             raise TypeError(f"{type(self.fusion).__name__} takes finished streams only")
-        weights, hidden, factors = gate.bottleneck(), None, ()
+        weights = gate.bottleneck()
         if weights is None:
-            factors = gate(x)
+            found = RawGate(gate(x), None, None, gate.activation)
         else:
-            (hidden,) = linear_maps(x, weights[:1])
-        second = None if weights is None or hidden is None else weights[1].to(hidden.dtype)
-        return self.fusion.fuse_raw(raw, RawGate(factors, hidden, second, gate.activation), self.norm)
+            (hidden,) = mapped
+            found = RawGate((), hidden, rounded(weights[1], hidden.dtype), gate.activation)
+        return self.fusion.fuse_raw(raw, found, self.norm)
 
     def gates(self, x: Tensor, sources: int) -> tuple[Tensor, ...] | None:
         """Activated gates [B, T, W], one per source, when the connection is own + sum of gate * source, else None."""

@@ -18,6 +18,7 @@ from dense_lab.block import Block, Past, connect, leave_raw
 from dense_lab.components import CoreSlot, FFNSlot, Spec
 from dense_lab.corpus import IGNORED
 from dense_lab.dense import DenseSpec
+from dense_lab.maps import rounding_once
 from dense_lab.modules import State
 from dense_lab.norms import Dropout, RMSNorm
 from dense_lab.units import Count, Fraction, Positive
@@ -142,7 +143,8 @@ class LanguageModel(nn.Module):
         drop = Dropout(self.spec.dropout if self.training else 0.0, self._writers, x.device)
         history: list[Past] = []
         after = []
-        with registries.default().kernel_session(self.kernels) as self.ran:
+        session = registries.default().kernel_session(self.kernels)
+        with session as self.ran, rounding_once(_maps(self.blocks), x.device):
             for index, block in enumerate(self.blocks):
                 x, y, own, past = block(x, y, drop, state[index] if state else None, history)
                 history.append(past)
@@ -177,6 +179,14 @@ class LanguageModel(nn.Module):
                 torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
                 _initialise(module, self.spec.init, self._writers)
         return self
+
+
+def _maps(blocks: Sequence[nn.Module]) -> Iterator[Tensor]:
+    """Weights of the linear maps without bias."""
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, nn.Linear) and getattr(module, "bias", None) is None:
+                yield module.weight
 
 
 def _children_first(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
