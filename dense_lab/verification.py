@@ -1,33 +1,26 @@
 """Proof before use: every operation that a run would call, judged against float64 on this machine, and remembered.
 
 A model of the run is built, one batch goes through it, and every call of an operation that it makes is made again: by
-the implementation that served it, by the reference in the same precision, and by the reference in float64. Verdicts are
-kept in `verified.json` in the user's cache folder ($DENSE_LAB_CACHE) for as long as the machine, the versions and the
-kernels' source stay the same.
+the implementation that served it, by the reference in the same precision, and by the reference in float64. `verdicts`
+remembers what was found.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import platform
-import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from dense_lab import __version__
 from dense_lab import registry as registries
 from dense_lab.errors import DenseLabError
-from dense_lab.files import read_json, write_json
 from dense_lab.training.device import Place, choose_place, out_of_memory
+from dense_lab.verdicts import Finding, digest, kernels, libraries, machine, read, sources, tag_of, write
 
 if TYPE_CHECKING:
     from dense_lab.study import RunSpec
@@ -41,35 +34,10 @@ _TOKENS = {"cuda": 300, "cpu": 72}
 """Longest sequence judged: beyond one chunk of every kernel, and short enough for a reference that walks."""
 _NUMBERS = {"cuda": 2**22, "cpu": 2**14}
 """Most numbers of a [B, T, width] tensor judged; the reference's gradient keeps hundreds of such."""
-_REMEMBERED = 4000
 
 
 class KernelError(DenseLabError):
     """An implementation is wrong on this machine; exit code 1."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found of one implementation at one set of shapes."""
-
-    operation: str
-    implementation: str
-    dtype: str
-    shapes: str
-    size: str
-    """Batch and length judged, `of` those of the run where they were reduced."""
-    worst: str
-    """The output, state or gradient (`d` and the name) that used most of what it may."""
-    used: float | None
-    """Its error over what is allowed; None where it holds a NaN or nothing came of the call."""
-    ok: bool
-    text: str = ""
-    """What went wrong, in a sentence."""
-
-    @property
-    def name(self) -> str:
-        """`operation/implementation`."""
-        return f"{self.operation}/{self.implementation}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +72,7 @@ class Case:
         """What decides which calls are made, and by what."""
         spec = self.spec
         said = [spec.model.model_dump(mode="json"), spec.kernels, spec.data.model_dump(mode="json"), self.judged]
-        return _digest(machine(self.place), _sources(), _kernels(), str(self.place.dtype), self.use, said)
+        return digest(machine(self.place), sources(), kernels(), str(self.place.dtype), self.use, said)
 
 
 def ensure(
@@ -122,17 +90,17 @@ def ensure(
         lines = [f"{found.name} is wrong on this machine: {found.text} ({found.shapes})" for found in wrong.values()]
         ways = "choose another implementation in `kernels:`, or mark the results with --allow-unverified"
         raise KernelError("\n".join([*lines, ways]))
-    return _tag(wrong)
+    return tag_of(wrong)
 
 
 def examine(specs: Iterable[RunSpec], device: str = "auto", use: Use = "training") -> list[Finding]:
     """A finding for every set of shapes of every operation that the runs call, those of earlier times included."""
-    memory, findings = _read(), {}
+    memory, findings = read(), {}
     for case in {case.key(): case for case in (Case.of(spec, device, use) for spec in specs)}.values():
         key = case.key()
         if not all(name in memory["verdicts"] for name in memory["cases"].get(key, [""])):
             memory["cases"][key] = list(_judged(case, memory["verdicts"]))
-            _write(memory)
+            write(memory)
         for name in memory["cases"][key]:
             findings[name] = Finding(**memory["verdicts"][name]["finding"])
     return list(findings.values())
@@ -142,80 +110,30 @@ def tag(spec: RunSpec, place: Place, ran: Mapping[str, str]) -> str:
     """The tag `kernels.verified` of a run that `ran` {operation: implementation}, by what is remembered."""
     if os.environ.get(SWITCH) == "off":
         return NOT_CHECKED
-    memory = _read()
+    memory = read()
     names = memory["cases"].get(Case.of(spec, str(place.device), "training").key())
-    here, kernels = machine(place), _kernels()
+    here, source = machine(place), kernels()
     if names is not None:
         known = [memory["verdicts"][name]["finding"] for name in names if name in memory["verdicts"]]
     else:  # A point of the space that lies between those judged: by the implementations.
         entries = memory["verdicts"].values()
-        known = [e["finding"] for e in entries if e["machine"] == here and e["kernels"] == kernels]
+        known = [e["finding"] for e in entries if e["machine"] == here and e["kernels"] == source]
     states: dict[str, bool] = {}
     for found in known:
         name = f"{found['operation']}/{found['implementation']}"
         states[name] = states.get(name, True) and found["ok"]
     used = [f"{operation}/{name}" for operation, name in sorted(ran.items()) if name != REFERENCE]
-    return _tag([name for name in used if not states.get(name, False)])
-
-
-def _tag(names: Iterable[str]) -> str:
-    text = ", ".join(names)
-    return f"unverified: {text}" if text else "all"
-
-
-def machine(place: Place) -> str:
-    """What verdicts hold for: the device and the versions of what computes."""
-    if place.device.type == "cuda":
-        device = torch.cuda.get_device_name(place.device)
-    else:
-        device = f"{platform.machine()} {_processor()}"
-    return f"{device}, torch {torch.__version__}, triton {_version('triton')}, dense-lab {__version__}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
-
-
-def _libraries() -> Iterator[Any]:
-    """Libraries of operations that can judge their calls."""
-    return (library for library in registries.default().kernels if hasattr(library, "judge"))
-
-
-def _kernels() -> str:
-    return _digest([library.fingerprint(name) for library in _libraries() for name in library.OPERATIONS])
-
-
-def _sources() -> str:
-    """Digest of the files of all installed components, which decide what is called."""
-    registry = registries.default()
-    found = {registry.find(slot, kind).__module__ for slot in registry.slots() for kind in registry.kinds(slot)}
-    files = {getattr(sys.modules.get(module), "__file__", None) for module in found} - {None}
-    return _digest([Path(file).read_bytes().hex() for file in sorted(map(str, files)) if Path(file).exists()])
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return tag_of([name for name in used if not states.get(name, False)])
 
 
 def _judged(case: Case, verdicts: dict[str, Any]) -> Iterator[str]:
     """Names of the verdicts of a case; those not known yet are found and added."""
     for library, key, call in calls(case):
         here = machine(case.place)
-        name = _digest(here, library.fingerprint(call.operation), call.operation, call.implementation, key)
+        name = digest(here, library.fingerprint(call.operation), call.operation, call.implementation, key)
         if name not in verdicts:
             finding = _finding(library, call, case)
-            verdicts[name] = {"machine": here, "kernels": _kernels(), "finding": asdict(finding)}
+            verdicts[name] = {"machine": here, "kernels": kernels(), "finding": asdict(finding)}
         yield name
 
 
@@ -238,11 +156,9 @@ def _finding(library: Any, call: Any, case: Case) -> Finding:
 
 def calls(case: Case) -> list[tuple[Any, str, Any]]:
     """(library, what distinguishes it, call) of every different call that the case makes."""
-    from contextlib import ExitStack
-
     found = []
     with ExitStack() as stack:
-        watched = [(library, stack.enter_context(library.watching())) for library in _libraries()]
+        watched = [(library, stack.enter_context(library.watching())) for library in libraries()]
         devices = [case.place.device] if case.place.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             try:
@@ -288,25 +204,3 @@ def _disturb(model: nn.Module) -> None:
         for parameter in model.parameters():
             scale = 0.1 if parameter.ndim < 2 else 0.1 * parameter.shape[-1] ** -0.5
             parameter.add_(torch.randn_like(parameter) * scale)
-
-
-def _file() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dense-lab"
-    return Path(os.environ.get("DENSE_LAB_CACHE") or default) / "verified.json"
-
-
-def _read() -> dict[str, Any]:
-    stored = _here or read_json(_file())
-    return {name: dict(stored.get(name, {})) for name in ("cases", "verdicts")}
-
-
-_here: dict[str, Any] = {}
-"""What this process found, where the cache folder cannot be written."""
-
-
-def _write(memory: dict[str, Any]) -> None:
-    newest = {name: dict(list(entries.items())[-_REMEMBERED:]) for name, entries in memory.items()}
-    try:
-        write_json(_file(), newest)
-    except OSError:
-        _here.update(newest)
