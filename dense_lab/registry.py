@@ -53,6 +53,10 @@ class KernelLibrary(Protocol):
     OPERATIONS: tuple[str, ...]
     """Names of its operations."""
 
+    def implementations(self, operation: str) -> tuple[str, ...]:
+        """Names of those who can compute an operation, here or on another machine; `auto` is none of them."""
+        ...
+
     def using(self, implementations: Mapping[str, str]) -> AbstractContextManager[None]:
         """Within the block, operations run the named implementations."""
         ...
@@ -79,6 +83,7 @@ class Registry:
     def __init__(self) -> None:
         self.plugins: list[Plugin] = []
         self.kernels: list[KernelLibrary] = []
+        """Libraries of operations, the first one that has a name is asked."""
         self.files: tuple[Path, ...] = ()
         """The loose files it was loaded with, for processes that have to load them too."""
         self.presets: dict[str, Preset] = {}
@@ -118,13 +123,19 @@ class Registry:
         self._owner[slot, kind] = plugin
         plugin.components.append(f"{slot}/{kind}")
 
-    def remove(self, plugin: Plugin) -> None:
-        """Take back everything `plugin` registered."""
-        for name in plugin.components:
-            slot, kind = name.split("/")
-            del self._components[slot][kind], self._owner[slot, kind]
-        plugin.components.clear()
-        self.presets = {name: preset for name, preset in self.presets.items() if preset.plugin is not plugin}
+    @contextmanager
+    def registering(self, plugin: Plugin) -> Iterator[Registrar]:
+        """What `plugin` registers within the block is taken back, all of it, when the block raises."""
+        presets, readers, kernels = dict(self.presets), dict(self.checkpoint_readers), list(self.kernels)
+        try:
+            yield Registrar(self, plugin)
+        except BaseException:
+            self.presets, self.checkpoint_readers, self.kernels = presets, readers, kernels
+            for name in plugin.components:
+                slot, kind = name.split("/")
+                del self._components[slot][kind], self._owner[slot, kind]
+            plugin.components.clear()
+            raise
 
     def operation(self, name: str) -> Callable[..., Any] | None:
         """The operation called `name` of the first library that has one, or None."""
@@ -224,10 +235,10 @@ def _load_one(registry: Registry, plugin: Plugin, load_module: Callable[[], Modu
         manager.check_pending()
         if not hasattr(module, "register_components"):
             raise InputError("it has no hook 'register_components'")
-        manager.hook.register_components(register=Registrar(registry, plugin))
+        with registry.registering(plugin) as register:
+            manager.hook.register_components(register=register)
     # The isolation boundary: whatever a stranger's module does at import, the command line stays usable.
     except (Exception, SystemExit) as error:  # noqa: BLE001
-        registry.remove(plugin)
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         plugin.error = " ".join(text.split())
 

@@ -67,9 +67,23 @@ def test_a_broken_plugin_is_named_and_left_out(folder: Path, name: str) -> None:
 
 
 def test_a_broken_plugin_takes_back_what_it_had_registered(folder: Path) -> None:
-    code = GOOD.format(kind="half") + "    raise ValueError('then it failed')\n"
-    found = registry.load(points=(registry.BUILTIN, point(folder, "half", code)))
+    everything = """
+    register.preset('half', 'half a model', {'width': 8})
+    register.checkpoint_reader('half', object())
+    register.checkpoint_reader('builtin too', object())
+    register.kernels(object())
+    raise ValueError('then it failed')
+"""
+    plain = registry.load(points=(registry.BUILTIN,))
+    found = registry.load(points=(registry.BUILTIN, point(folder, "half", GOOD.format(kind="half") + everything)))
     assert "half" not in found.kinds("pattern")
+    assert found.plugins[-1].components == []
+    assert found.plugins[-1].error == "ValueError: then it failed"
+    assert (list(found.presets), list(found.checkpoint_readers)) == (
+        list(plain.presets),
+        list(plain.checkpoint_readers),
+    )
+    assert found.kernels == plain.kernels
 
 
 def test_a_plugin_can_be_blocked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
