@@ -30,7 +30,9 @@ floor by bytes: weights once and states twice, about 1.6 GB a step at batch 6"""
 def build(span: int) -> LanguageModel:
     """The published model with `span` sources, in bfloat16."""
     spec = ModelSpec.model_validate(expand(MODELS[span]))
-    return spec.build(32000).initialise(0).to("cuda", torch.bfloat16).eval()
+    with torch.device("cuda"):  # Drawn there: a CPU takes seconds.
+        model = spec.build(32000).initialise(0)
+    return model.to(torch.bfloat16).eval()
 
 
 def prompt(batch: int, tokens: int) -> torch.Tensor:
@@ -89,9 +91,10 @@ def profile(decoder: Decoder) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--spans", type=int, nargs="+", default=list(MODELS), choices=MODELS, help="which m")
     options = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
-    for span in MODELS:
+    for span in options.spans:
         model = build(span)
         decoder = Decoder(model, prompt(6, 64))
         median, low, high = steps(decoder)

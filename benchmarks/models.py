@@ -75,10 +75,11 @@ OTHERS = {
 class Training:
     """A model with its optimiser, ready for steps on random tokens."""
 
-    def __init__(self, case: Case, mode: str = "graph") -> None:
+    def __init__(self, case: Case, mode: str = "graph", drawn: str = "on the GPU") -> None:
         spec = ModelSpec.model_validate(expand(case.model))
         self.case, train = case, TrainSpec()
-        self.model: LanguageModel = spec.build(case.vocabulary).initialise(0).to("cuda")
+        with torch.device("cuda" if drawn == "on the GPU" else "cpu"):
+            self.model: LanguageModel = spec.build(case.vocabulary).initialise(0).to("cuda")
         place = Place(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
         kind = GraphStep if mode == "graph" else EagerStep
         arguments = (self.model, build_optimizer(self.model, train), place, case.batch, train.clip)
@@ -137,13 +138,13 @@ def profile(name: str, rows: int = 45) -> None:
         print(f"  {milliseconds:8.3f} ms  x{times:5.0f}  {key[:110]}")
 
 
-def first(name: str) -> None:
+def first(name: str, most: int = 9) -> None:
     """Print how long the first steps take in this process, and those of further architectures."""
     torch.ones(1, device="cuda").sum().item()
     print(f"{name}: imports and CUDA {time.perf_counter() - STARTED:.1f} s", flush=True)
-    for each in [name, *NEXT.get(name, ())]:
+    for each in [name, *NEXT.get(name, ())][:most]:
         begin = time.perf_counter()
-        training = Training({**CASES, **OTHERS}[each])
+        training = Training({**CASES, **OTHERS}[each], drawn="on the CPU")  # As a run does it.
         torch.cuda.synchronize()
         built, seconds = time.perf_counter() - begin, []
         for _ in range(4):
@@ -168,9 +169,10 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=["all", "speed", "profile", "first"], default="all")
     parser.add_argument("names", nargs="*", default=[])
     parser.add_argument("--eager", action="store_true", help="without a graph")
+    parser.add_argument("--most", type=int, default=9, help="architectures of `first`")
     options = parser.parse_args()
     if options.what == "first":
-        first(options.names[0] if options.names else "trial")
+        first(options.names[0] if options.names else "trial", options.most)
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     for name in options.names or CASES:

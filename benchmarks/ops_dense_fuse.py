@@ -3,6 +3,7 @@
     python benchmarks/ops_dense_fuse.py            # training sizes and search-size models
     python benchmarks/ops_dense_fuse.py --quick    # ours only, training sizes
     python benchmarks/ops_dense_fuse.py --sweep    # every launch choice, to check the rule
+    python benchmarks/ops_dense_fuse.py --raw      # streams before silu, own read by a later layer, a bottleneck's step
 
 GB/s count the necessary bytes: every input read once, every result written once. Nothing is timed unless right.
 """
@@ -17,7 +18,7 @@ import torch
 from bandwidth import Timing, copy_bandwidth, graphed, line, refuse_if_wrong
 from torch import Tensor
 
-from dense_lab_kernels.dense_fuse import dense_fuse, triton
+from dense_lab_kernels.dense_fuse import Bottleneck, dense_fuse, triton
 
 LARGE = [(16384, 768, 1), (16384, 768, 2), (16384, 3072, 1), (16384, 3072, 2)]  # rows, width, sources
 SMALL = [(16384, 32, 1), (16384, 128, 2), (16384, 512, 2), (8192, 257, 1), (16384, 1000, 2)]
@@ -80,7 +81,7 @@ def sweep(shape: tuple[int, int, int], copy: float) -> None:
     """Time launch choices one by one; the rule's own choice comes first."""
     _, width, m = shape
     sets = [draw(*shape) for _ in range(SETS)]
-    block = triton.triton.next_power_of_2(width)
+    block = triton.power_of_2(width)
     forward_rule, backward_rule = triton._forward_blocks, triton._backward_blocks
     choices = [forward_rule(width)]
     choices += [triton._Blocks(n, block, warps) for n in (1, 2, 4) for warps in (2, 4, 8, 16) if n * block <= 4096]
@@ -115,13 +116,76 @@ def sweep(shape: tuple[int, int, int], copy: float) -> None:
     triton._backward_blocks = backward_rule
 
 
+RAW = {"activation": "silu", "stream_activation": "silu", "impl": "triton"}
+
+
+def raw(width: int, copy: float, choices: bool) -> None:
+    """Time the forms that the published model runs: 16384 rows, one source; with `choices` launch choices too."""
+    sets = [draw(16384, width, 1) for _ in range(SETS)]
+    forward_size, backward_size = necessary_bytes(16384, width, 1)
+
+    def fused(own: Tensor, source: Tensor, gate: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return dense_fuse(own, (source,), gate, weight, returning="fused and own", **RAW)
+
+    with torch.no_grad():
+        timing = graphed([partial(fused, *tensors[:-1]) for tensors in sets])
+    print(line(f"raw W {width} forward", timing, forward_size, copy), flush=True)
+    outputs: list[tuple[Tensor, Tensor]] = []
+
+    def backward(i: int) -> tuple[Tensor, ...]:
+        # The gradient of own as later layers read it is one more tensor read.
+        return torch.autograd.grad(outputs[i], sets[i][:-1], (sets[i][-1], sets[i][1].detach()), retain_graph=True)
+
+    rule = triton._backward_blocks
+    block = triton.power_of_2(width)
+    others = [(4, 3, 3, 160), (4, 3, 4, 128), (4, 4, 4, 128), (4, 2, 4, 128), (4, 3, 5, 96), (8, 3, 2, 128)]
+    if block > 1024:
+        others = [(8, 3, 1, None), (8, 4, 1, None), (8, 2, 1, None), (16, 3, 1, 128), (16, 2, 1, 128), (8, 1, 2, 128)]
+    tried = [None] + [triton._Blocks(1, block, w, s, p, r) for w, s, p, r in others if choices]
+    for blocks in tried:
+        triton._backward_blocks = rule if blocks is None else lambda *_, blocks=blocks: blocks
+        outputs.clear()
+        calls = [partial(backward, i) for i in range(len(sets))]
+        prepare = partial(outputs.extend, (fused(*tensors[:-1]) for tensors in sets))
+        timing = graphed(calls, prepare=prepare, replays=20)
+        print(
+            line(
+                f"raw W {width} backward {blocks and tuple(blocks[2:])}",
+                timing,
+                backward_size + 2 * 16384 * width,
+                copy,
+            )
+        )
+    triton._backward_blocks = rule
+
+
+def raw_step(width: int, copy: float) -> None:
+    """Time six rows without gradients, the second map of a bottleneck of 48 included."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = ((6, width), (6, width), (6, 48), (width, 48), (width,))
+    low = {"generator": generator, "device": "cuda", "dtype": torch.bfloat16}
+    sets = [[torch.randn(shape, **low) for shape in shapes] for _ in range(SETS)]
+    calls = [partial(_step, *tensors) for tensors in sets]
+    print(line(f"raw W {width} step of 6 rows", graphed(calls), 2 * width * 48, copy), flush=True)
+
+
+def _step(own: Tensor, source: Tensor, hidden: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    return dense_fuse(own, (source,), Bottleneck(hidden, second), weight, **RAW)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--raw", action="store_true")
     options = parser.parse_args()
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy / 1e9:.0f} GB/s")
+    if options.raw:
+        for width in (3072, 768):
+            raw(width, copy, options.sweep)
+            raw_step(width, copy)
+        return
     for shape in LARGE if options.quick or options.sweep else LARGE + SMALL:
         if options.sweep:
             sweep(shape, copy)
