@@ -25,6 +25,7 @@ COMMANDS = {
     "status": "How a study is going.",
     "report": "Leaderboard, plots and tables of a study.",
     "power": "How many seeds an ablation needs, by the scatter of those it has.",
+    "overhead": "What dense connections cost: every dense arm against its own plain twin.",
     "plugins": "List the plugins and what each brought, or why it is left out.",
     "schema": "Print the JSON Schema of studies, for editors.",
     "sync": "Send to MLflow what it is missing of a study.",
