@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dense_lab.report.ablated import Ablated, Arm
-from dense_lab.report.drawing import COLOURS, QUIET, Picture, clipped, label_points, spread
+from dense_lab.report.drawing import COLOURS, QUIET, Picture, clipped, label_points, settle, spread
 from dense_lab.report.factor_plots import interactions
 from dense_lab.report.factors import Grid
 from dense_lab.report.verdicts import COSTS, interval, signed
@@ -181,7 +181,7 @@ def curves(ablated: Ablated) -> Picture | None:
         _curve_legend(figure, ablated, arms, colours)
         for axes in (left, right):
             _count_axis(axes)
-            _end_labels(axes, ends[axes])
+        _end_labels(figure, ends)
 
     rest = f"; the other {len(arms) - len(colours)} arms in grey" if len(arms) > len(colours) else ""
     caption = (
@@ -230,24 +230,30 @@ def _band(axes: Any, line: dict[int, dict[int, float]], colour: str, level: floa
     return means[-1]
 
 
-def _end_labels(axes: Any, ends: list[tuple[float, str, str]]) -> None:
-    """Numbers of the arms beside the ends of their curves, moved apart."""
-    axes.figure.draw_without_rendering()
-    bottom, top = axes.get_ylim()
-    gap = (top - bottom) * 11 / (axes.get_window_extent().height / axes.figure.dpi * 72)
-    for height, (value, text, colour) in zip(spread([end[0] for end in ends], gap), ends, strict=True):
-        axes.annotate(
-            text,
-            (1.0, value),
-            (1.03, height),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords=axes.get_yaxis_transform(),
-            fontsize=8.5,
-            color=colour,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6},
-            annotation_clip=False,
-        )
+def _end_labels(figure: Any, ends: dict[Any, list[tuple[float, str, str]]]) -> None:
+    """Numbers of the arms beside the ends of their curves: drawn so that the layout has room, then moved apart."""
+    drawn = {axes: [_end_label(axes, *end) for end in found] for axes, found in ends.items()}
+    settle(figure)
+    for axes, found in ends.items():
+        bottom, top = axes.get_ylim()
+        gap = (top - bottom) * 11 / (axes.get_window_extent().height / figure.dpi * 72)
+        for height, label in zip(spread([end[0] for end in found], gap), drawn[axes], strict=True):
+            label.set_position((1.03, height))
+
+
+def _end_label(axes: Any, value: float, text: str, colour: str) -> Any:
+    return axes.annotate(
+        text,
+        (1.0, value),
+        (1.03, value),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords=axes.get_yaxis_transform(),
+        fontsize=8.5,
+        color=colour,
+        va="center",
+        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6},
+        annotation_clip=False,
+    )
 
 
 def _curve_legend(figure: Any, ablated: Ablated, arms: Sequence[Arm], colours: dict[str, str]) -> None:

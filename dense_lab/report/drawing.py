@@ -6,7 +6,10 @@ import functools
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 """Okabe and Ito's palette, told apart by readers who see colours differently."""
@@ -50,14 +53,29 @@ class Picture:
 
     def _drawn(self, form: str, metadata: dict[str, Any], dpi: int = 72) -> bytes:
         from matplotlib import rc_context
+
+        out = io.BytesIO()
+        with rc_context(_LOOK):
+            self._figure.savefig(out, format=form, metadata=metadata, dpi=dpi)
+        return out.getvalue()
+
+    @functools.cached_property
+    def _figure(self) -> Figure:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
 
         with rc_context(_LOOK):
             figure = Figure(figsize=(self.width, self.height), layout="constrained")
             self.paint(figure)
-            out = io.BytesIO()
-            figure.savefig(out, format=form, metadata=metadata, dpi=dpi)
-        return out.getvalue()
+            settle(figure)
+        return figure
+
+
+def settle(figure: Any) -> None:
+    """Lay a figure out for good, which takes longer than anything else; what is drawn later has to find room."""
+    if figure.get_constrained_layout():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def clipped(name: str, longest: int = 34) -> str:
@@ -70,9 +88,9 @@ def label_points(
 ) -> None:
     """Write each label near its point, away from all points and other labels, with a line to it where it is far.
 
-    To be called when nothing else changes the picture any more. Greedy: the nearest of a ring of places that is free.
+    The last thing that is drawn: it settles the figure. Greedy: the nearest of a ring of places that is free.
     """
-    axes.figure.draw_without_rendering()
+    settle(axes.figure)
     scale = axes.figure.dpi / 72
     spots = [tuple(spot) for spot in axes.transData.transform(points)]
     taken = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in spots]

@@ -38,7 +38,7 @@ def test_labels_of_crowded_points_do_not_overlap(count):
         renderer = figure._get_renderer()
         boxes.extend(text.get_window_extent(renderer) for text in axes.texts)
 
-    Picture("p", "", 4.6, 3.3, paint).svg
+    assert Picture("p", "", 4.6, 3.3, paint).svg
     # The text alone: an annotation's own extent includes the line to its point.
     assert len(boxes) == count
     plain = [box for box in boxes if box.width < 25]
