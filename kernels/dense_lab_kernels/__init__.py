@@ -3,7 +3,7 @@
 Every operation takes and returns its recurrent state explicitly and accepts `impl=`; see `_dispatch` for who runs when.
 """
 
-from dense_lab_kernels._dispatch import ImplementationError, recording, reusing_states, using, watching
+from dense_lab_kernels._dispatch import ImplementationError, implementations, recording, reusing_states, using, watching
 from dense_lab_kernels.add_rms_norm import add_rms_norm
 from dense_lab_kernels.causal_conv1d import causal_conv1d
 from dense_lab_kernels.decay_attention import decay_attention
@@ -12,7 +12,7 @@ from dense_lab_kernels.linear_cross_entropy import linear_cross_entropy
 from dense_lab_kernels.rms_norm import rms_norm
 from dense_lab_kernels.rotate import rotate
 from dense_lab_kernels.selective_scan import selective_scan
-from dense_lab_kernels.tune import keep, tune
+from dense_lab_kernels.tuning import keep, tune
 from dense_lab_kernels.verify import fingerprint, judge
 
 OPERATIONS = (
@@ -35,6 +35,7 @@ __all__ = [
     "decay_attention",
     "dense_fuse",
     "fingerprint",
+    "implementations",
     "judge",
     "keep",
     "linear_cross_entropy",

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -123,8 +124,19 @@ def _copied(tensor: Tensor) -> Tensor:
 
 def implementation(operation: str, name: str) -> Callable[..., Any]:
     """The function of the implementation `name`, imported on first use: `cpu.py` holds numba's, others `<name>.py`."""
-    module = importlib.import_module(f"dense_lab_kernels.{operation}.{'cpu' if name == 'numba' else name}")
+    path = f"dense_lab_kernels.{operation}.{'cpu' if name == 'numba' else name}"
+    module = sys.modules.get(path) or importlib.import_module(path)
     return getattr(module, operation)
+
+
+_FILES = {"triton": "triton", "numba": "cpu", "chunked": "chunked", "reference": "reference"}
+"""The file that each implementation is in."""
+
+
+def implementations(operation: str) -> tuple[str, ...]:
+    """Names of the implementations of an operation, whether this machine can run them or not."""
+    package = f"dense_lab_kernels.{operation}"
+    return tuple(name for name, file in _FILES.items() if importlib.util.find_spec(f"{package}.{file}"))
 
 
 def preferring(name: str, verdicts: Mapping[str, str | None]) -> dict[str, str | None]:
@@ -142,12 +154,13 @@ def triton_verdict(operation: str, impl: str, device: torch.device, *args: Any, 
 
     Triton is imported only for tensors on a GPU, or when it is asked for by name under TRITON_INTERPRET=1 (tests).
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and requested(operation, impl) == "triton"
-    if device.type != "cuda" and not interpreted:
-        return f"tensors are on {device.type}"
+    if device.type != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and requested(operation, impl) == "triton"
+        if not interpreted:
+            return f"tensors are on {device.type}"
     name = f"dense_lab_kernels.{operation}.triton"
     try:
-        module = importlib.import_module(name)
+        module = sys.modules.get(name) or importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == "triton":
             return "triton is not installed"

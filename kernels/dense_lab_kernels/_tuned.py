@@ -128,10 +128,10 @@ def forget() -> None:
 @functools.cache
 def _file() -> dict[str, dict[str, Changes]]:
     """What the file holds for this GPU: changes by operation and shape."""
-    place = path()
-    if not torch.cuda.is_available() or not place.exists():
+    place, device = path(), _device()
+    if not device or not place.exists():
         return {}
-    found = _read(place).get(_device(), {})
+    found = _read(place).get(device, {})
     if not all(isinstance(shapes, dict) for shapes in found.values()):
         _warn("it does not hold shapes by operation")
         return {}
@@ -151,7 +151,8 @@ def _read(place: Path) -> dict[str, Any]:
 
 
 def _device() -> str:
-    return torch.cuda.get_device_name()
+    """Name of the GPU, empty where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def _warn(reason: str) -> None:
