@@ -58,7 +58,8 @@ class BudgetSpec(Spec):
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        dumped = {key: value for key, value in handler(self).items() if value is not None}
+        unused = {name for name in TARGETS if name != self.target} | ({"count"} if self.params is None else set())
+        dumped = {key: value for key, value in handler(self).items() if key not in unused}
         return {**dumped, "solve": self.solve[0] if len(self.solve) == 1 else list(self.solve)}
 
     @property
