@@ -126,6 +126,9 @@ class _Writer:
         annotated: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
         # Behind a validator that reads units, pydantic leaves its constraints as it has them.
         schema: JSON = _renamed(TypeAdapter(annotated).json_schema())
+        if schema.get("type") == "array" and _numeric(schema.get("items", {})):
+            item = {"anyOf": [schema["items"], {"$ref": "#/$defs/number with unit"}]}
+            return schema | {"items": item}
         if _numeric(schema):
             return {"anyOf": [*schema.get("anyOf", [schema]), {"$ref": "#/$defs/number with unit"}]}
         return schema
@@ -141,7 +144,7 @@ class _Writer:
         return {"anyOf": variants}
 
 
-_NEVER_OPEN = ("SearchSpec", "BudgetSpec", "Objective")
+_NEVER_OPEN = ("SearchSpec", "BudgetSpec", "Objective", "TuneSpec", "AnalysisSpec", "AblateSpec")
 _BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
 
 

@@ -12,12 +12,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from dense_lab import registry as registries
+from dense_lab import space_check
 from dense_lab import space_frozen as frozen
 from dense_lab import space_tree as trees
 from dense_lab.ablation import arms
 from dense_lab.ablation import frozen as arm_meanings
 from dense_lab.ablation.arms import Ablation, Arm
-from dense_lab.errors import InputError, Problem, did_you_mean
+from dense_lab.errors import InputError, Problem
 from dense_lab.registry import Registry
 from dense_lab.space_parse import open_tree
 from dense_lab.space_problems import problems
@@ -100,17 +101,7 @@ class Study:
             spec = StudySpec.model_validate(closed, context={"registry": self.registry})
         except ValidationError as error:
             raise InputError(problems(error, closed, origins, self.registry)) from None
-        known = [operation for library in self.registry.kernels for operation in library.OPERATIONS]
-        for operation in spec.kernels:
-            if operation not in known:
-                message = f"no operation {operation!r}.{did_you_mean(operation, known)} Operations: {', '.join(known)}"
-                node = origins["kernels", operation]
-                raise InputError(Problem(message, node.path, node.key))
-        for at, node in origins.items():
-            if spec.budget is not None and spec.budget.decides(at):
-                what = "the width" if at == ("model", "width") else "the width of feed-forward layers"
-                message = f"the budget chooses {what}: leave `{node.path}` out, or leave out `budget`"
-                raise InputError(Problem(message, node.path, node.key))
+        space_check.check(spec, origins, self.registry)
         return spec
 
     @property

@@ -165,7 +165,9 @@ class _Parser:
                 continue
             node = self.node(option, shape, _join(place["path"], name), here)
             named[name] = replace(node, fork=place["path"])
-        return Fork(**place, options={name: named[name] for name in sorted(named, key=label_order)}, written=tuple(named))
+        return Fork(
+            **place, options={name: named[name] for name in sorted(named, key=label_order)}, written=tuple(named)
+        )
 
     def _refuse(self, place: dict[str, str], message: str) -> Leaf:
         self.problems.append(Problem(message, place["path"], place["where"]))

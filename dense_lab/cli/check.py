@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dense_lab.cli import options
+
+if TYPE_CHECKING:
+    from dense_lab.space import Study
 
 
 @click.command("check")
@@ -31,8 +35,15 @@ def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         options.print_json({"study": str(study), "valid": not problems, "problems": problems})
     else:
-        size = loaded.size()
-        points = "1 run" if not loaded.space else f"{size} points" if size else "a continuous space"
-        options.console().print(f"{study}: ok, {len(loaded.space)} open values, {points}")
+        options.console().print(f"{study}: ok, {_what(loaded)}")
     if problems:
         raise click.exceptions.Exit(2)
+
+
+def _what(study: Study) -> str:
+    """How much there is of it."""
+    if study.ablation:
+        return f"{len(study.arms())} arms, {study.size()} cells"
+    size = study.size()
+    points = "1 run" if not study.space else f"{size} points" if size else "a continuous space"
+    return f"{len(study.space)} open values, {points}"

@@ -37,6 +37,8 @@ def command(
     from dense_lab.errors import InputError
 
     loaded = options.load_study(study, overrides)
+    if loaded.ablation:
+        raise InputError(f"{study} is an ablation of {len(loaded.arms())} arms: `dense-lab search` trains its cells")
     if loaded.space:
         paths = ", ".join(parameter.path for parameter in loaded.space)
         raise InputError(f"{study} leaves these open: {paths}. Close them with --set PATH=VALUE, or use `search`")

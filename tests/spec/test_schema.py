@@ -38,6 +38,12 @@ def test_shipped_studies_are_valid(validator: jsonschema.Draft202012Validator, p
         of("search: {objective: [{minimize: valid/loss}, {maximize: tokens_per_second}]}"),
         of("budget: {params: 1M, tolerance: 1%, solve: width}"),
         of("kernels: {decay_attention: reference}\nseed: {choice: [1, 2]}"),
+        of(
+            "arms: {a: {}, b: {seed: 3, model: {width: 8}}}\nbaseline: a\nseeds: [1, 2]\ntune: {lr: [1e-3, 1%]}"
+        ),
+        of(
+            "ablate: {plan: factorial, baseline: {seed: 1}}\nseeds: 5\nanalysis: {alpha: 1%, correction: dunnett}"
+        ),
     ],
 )
 def test_what_is_valid_passes(validator: jsonschema.Draft202012Validator, text: str) -> None:
@@ -64,6 +70,10 @@ def test_what_is_valid_passes(validator: jsonschema.Draft202012Validator, text: 
         of("search: {trials: {int: [1, 2]}}"),
         of("search: {sampler: tpee}"),
         of("workers: 2"),
+        of("arms: [a, b]"),
+        of("seeds: many"),
+        of("ablate: {plan: all}"),
+        of("analysis: {alpha: 2}"),
     ],
 )
 def test_slips_are_marked(validator: jsonschema.Draft202012Validator, text: str) -> None:

@@ -106,7 +106,11 @@ def test_a_preset_may_be_named_in_any_order() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("modl.core", "retnet", "--set modl.core: no key 'modl' in a study. Did you mean 'model'? Keys: ablate, analysis, arms,"),
+        (
+            "modl.core",
+            "retnet",
+            "--set modl.core: no key 'modl' in a study. Did you mean 'model'? Keys: ablate, analysis, arms,",
+        ),
         ("model.cor", "retnet", "--set model.cor: no key 'cor' in model. Did you mean 'core'?"),
         ("lr", "1e-3", "--set lr: no key 'lr' in a study. Did you mean 'train.lr'?"),
         ("workers", "2", "--set workers: 'workers' is no part of a study: give it on the command line, --workers"),

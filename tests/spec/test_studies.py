@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dense_lab.ablation.spec import AblateSpec, AblationSpec, AnalysisSpec, TuneSpec
 from dense_lab.components import Spec
 from dense_lab.counting import count
 from dense_lab.dense import DenseSpec
@@ -39,7 +40,9 @@ def meaning(loaded: Study) -> str:
     ]
     parts += [f"open {p.pop('path')}: {json.dumps(p)}" for p in resolved["parameters"]]
     parts += [f"fixed {path}: {json.dumps(value)}" for path, value in resolved["fixed"].items()]
-    parts += [f"{key}: {json.dumps(resolved[key])}" for key in ("search", "budget")]
+    parts += [f"arm {arm}: {json.dumps(own)}" for arm, own in resolved.get("arms", {}).items()]
+    parts += [f"{key}: {json.dumps(resolved[key])}" for key in ("search", "budget", "tune") if key in resolved]
+    parts += [f"analysis: {json.dumps(loaded.ablation.analysis())}"] if loaded.ablation else []
     parts += [
         f"first {'.'.join(map(str, at))}: {json.dumps(value)}" for at, value in leaves(first.model_dump(mode="json"))
     ]
@@ -75,7 +78,21 @@ def test_quickstart_meets_both_cores_plain_and_dense() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", [StudySpec, ModelSpec, DenseSpec, BlockSpec, TrainSpec, BudgetSpec, SearchSpec, Objective]
+    "spec",
+    [
+        AblationSpec,
+        TuneSpec,
+        AnalysisSpec,
+        AblateSpec,
+        StudySpec,
+        ModelSpec,
+        DenseSpec,
+        BlockSpec,
+        TrainSpec,
+        BudgetSpec,
+        SearchSpec,
+        Objective,
+    ],
 )
 def test_the_page_explains_every_key(spec: type[Spec]) -> None:
     missing = [name for name in spec.model_fields if not re.search(rf"[`{{ ,]{name}[`,:}}]", README)]
@@ -94,6 +111,8 @@ def test_the_page_states_the_defaults() -> None:
         "train": TrainSpec,
         "budget": BudgetSpec,
         "search": SearchSpec,
+        "analysis": AnalysisSpec,
+        "ablate": AblateSpec,
     }
     checked = 0
     for section, spec in sections.items():
@@ -118,4 +137,5 @@ def _plain(text: str) -> object:
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
 def test_its_examples_load(tmp_path: Path, block: str) -> None:
     text = block if "dense_lab:" in block else f"dense_lab: 1\n{block}"
-    assert study(tmp_path, text).space
+    loaded = study(tmp_path, text)
+    assert loaded.space or loaded.arms()
