@@ -112,7 +112,9 @@ def draw(curves: list[Curve], path: Path) -> None:
 
     arms = list(dict.fromkeys(curve.arm for curve in curves))
     figure = Figure(figsize=(9, 4.5), layout="constrained")
-    for axes, arm in zip(figure.subplots(2, 3, sharex=True, sharey=True).T.flat, arms, strict=True):
+    rows = min(2, len(arms))
+    panels = figure.subplots(rows, len(arms) // rows, sharex=True, sharey=True, squeeze=False)
+    for axes, arm in zip(panels.T.flat, arms, strict=True):
         for curve in (c for c in curves if c.arm == arm and c.by != "nudged"):
             style: dict[str, Any] = {
                 "color": "#bbbbbb",

@@ -1,0 +1,63 @@
+"""The benchmark that trains with kernels and with references, at a size that takes seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from dense_lab.corpus import Batch
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "loss_curves.py"
+
+
+class Text:
+    """Bytes that repeat themselves."""
+
+    vocab_size, scores_accuracy = 16, False
+
+    def train_batches(self, size: int, seed: int, skip: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            ids = torch.randint(4, (size, 13), generator=generator).repeat(1, 2)
+            yield Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+    def eval_batches(self, split: str, size: int, tokens: int):
+        yield next(self.train_batches(size, 99))
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("loss_curves", FILE)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "loss_curves", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "BATCH", 2)
+    return module
+
+
+@pytest.fixture
+def found(curves: ModuleType) -> list:
+    place = curves.choose_place("cpu", "fp32")
+    runs = [(seed, "kernels") for seed in curves.SEEDS] + [(0, "nudged"), (0, "references")]
+    return [curves.run(Text(), "mamba dense", seed, by, place, 3) for seed, by in runs]
+
+
+def test_kernels_train_as_references_do(curves: ModuleType, found: list, tmp_path: Path, capsys) -> None:
+    assert [curve.ran for curve in found[:4]] == ["numba,reference"] * 4
+    assert found[4].ran == "reference"
+    assert found[0].train == pytest.approx(found[4].train, abs=1e-4)
+    assert found[0].train != found[1].train
+    assert curves.compare(found)
+    assert "mamba dense" in capsys.readouterr().out
+    curves.draw(found, tmp_path / "curves.svg")
+    assert "references" in (tmp_path / "curves.svg").read_text()
+
+
+def test_a_difference_beyond_the_noise_is_told(curves: ModuleType, found: list, capsys) -> None:
+    assert not curves.compare([*found[:4], found[4]._replace(valid=found[4].valid + 1)])
+    assert "BEYOND" in capsys.readouterr().out
