@@ -15,7 +15,6 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,8 +27,9 @@ Knobs = Mapping[str, Sequence[int]]
 """What may be tried of each field."""
 
 FOLDER_VARIABLE = "DENSE_LAB_CACHE"
-_trying: ContextVar[dict[tuple[str, str], Changes] | None] = ContextVar("dense_lab_kernels_trying", default=None)
-_met: ContextVar[dict[tuple[str, str], Met] | None] = ContextVar("dense_lab_kernels_met", default=None)
+# Not context variables: backward passes run in threads of autograd's own, which have no context.
+_trying: dict[tuple[str, str], Changes] | None = None
+_met: dict[tuple[str, str], Met] = {}
 
 
 class TunedFileIgnored(UserWarning):
@@ -52,11 +52,9 @@ class Met(NamedTuple):
 def chosen(operation: str, shape: str, rule: R, knobs: Knobs) -> R:
     """What the rule says for a class of shapes, changed by what is being tried, else by what the file holds."""
     key = (operation, shape)
-    if (met := _met.get()) is not None:
-        met.setdefault(key, Met(rule, knobs))
-    trying = _trying.get()
-    if trying is not None:
-        return changed(rule, trying[key]) if key in trying else rule
+    if _trying is not None:
+        _met.setdefault(key, Met(rule, knobs))
+        return changed(rule, _trying[key]) if key in _trying else rule
     changes = _file().get(operation, {}).get(shape)
     if not changes:
         return rule
@@ -87,14 +85,17 @@ def _with(rule: R, name: str, value: Any) -> R:
 
 @contextlib.contextmanager
 def trying(choices: Mapping[tuple[str, str], Changes]) -> Iterator[dict[tuple[str, str], Met]]:
-    """Within the block the file does not count, and these changes do; yields the rules met, by operation and shape."""
-    met: dict[tuple[str, str], Met] = {}
-    tokens = _trying.set(dict(choices)), _met.set(met)
+    """Within the block the file does not count, and these changes do; yields the rules met, by operation and shape.
+
+    It holds for all threads of the process.
+    """
+    global _trying, _met
+    before = _trying, _met
+    _trying, _met = dict(choices), {}
     try:
-        yield met
+        yield _met
     finally:
-        _trying.reset(tokens[0])
-        _met.reset(tokens[1])
+        _trying, _met = before
 
 
 def store(found: Mapping[tuple[str, str], Changes]) -> Path:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from dense_lab_kernels._triton import (
     Launch,
     Sm90Case,
+    applied,
     cdiv,
     compile_once,
     launch,
@@ -30,6 +31,7 @@ from dense_lab_kernels._triton import (
     sum_rows_launch,
     unsupported_place,
 )
+from dense_lab_kernels._tuned import chosen
 from dense_lab_kernels.add_rms_norm.reference import LEVELS
 
 __all__ = ["add_rms_norm", "sm90_cases", "unsupported"]
@@ -147,7 +149,8 @@ class _Blocks(NamedTuple):
 def _forward_blocks(width: int) -> _Blocks:
     """Up to 16 elements per thread."""
     block = power_of_2(width)
-    return _Blocks(max(1, 1024 // block), block, warps=4 if block <= 2048 else min(block // 512, 16))
+    rule = _Blocks(max(1, 1024 // block), block, warps=4 if block <= 2048 else min(block // 512, 16))
+    return chosen(_OPERATION, f"forward W{block}", rule, {"rows": (1, 2, 4), "warps": (2, 4, 8)})
 
 
 def _backward_blocks(width: int) -> _Blocks:
@@ -155,7 +158,8 @@ def _backward_blocks(width: int) -> _Blocks:
     block = power_of_2(width)
     rows = max(1, 1024 // block)
     warps = {1024: 4, 2048: 8, 4096: 8, 8192: 16}.get(rows * block, 32)
-    return _Blocks(rows, block, warps, 2 if block <= 4096 else 1, programs=max(1, 16 // warps))
+    rule = _Blocks(rows, block, warps, 2 if block <= 4096 else 1, programs=max(1, 16 // warps))
+    return chosen(_OPERATION, f"backward W{block}", rule, {"stages": (1, 2, 3), "programs": (1, 2, 4)})
 
 
 class _Dropout(NamedTuple):
@@ -252,7 +256,7 @@ def add_rms_norm(
     x: Tensor, y: Tensor, weight: Tensor, *, dropout: float, seed: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Sum and normalised sum; arguments as in the public function. Computes in fp32."""
-    return _AddRMSNorm.apply(x, y, weight, _Dropout(dropout, seed if dropout else None), eps, dtype)
+    return applied(_AddRMSNorm, x, y, weight, _Dropout(dropout, seed if dropout else None), eps, dtype)
 
 
 def unsupported(x: Tensor, *_: Any, **__: Any) -> str | None:

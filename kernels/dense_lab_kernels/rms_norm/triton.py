@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from dense_lab_kernels._triton import (
     Launch,
     Sm90Case,
+    applied,
     cdiv,
     compile_once,
     launch,
@@ -30,6 +31,7 @@ from dense_lab_kernels._triton import (
     sum_rows_launch,
     unsupported_place,
 )
+from dense_lab_kernels._tuned import chosen
 
 __all__ = ["rms_norm", "sm90_cases", "unsupported"]
 
@@ -153,7 +155,8 @@ def _forward_blocks(width: int) -> _Blocks:
     """16 elements per thread, as in dense_fuse."""
     block = power_of_2(width)
     rows = max(1, 2048 // block)
-    return _Blocks(rows, block, warps=max(4, rows * block // 512) if block <= 8192 else 16)
+    rule = _Blocks(rows, block, warps=max(4, rows * block // 512) if block <= 8192 else 16)
+    return chosen(_OPERATION, f"forward W{block}", rule, {"rows": (1, 2, 4), "warps": (2, 4, 8)})
 
 
 def _backward_blocks(width: int) -> _Blocks:
@@ -161,7 +164,8 @@ def _backward_blocks(width: int) -> _Blocks:
     block = power_of_2(width)
     rows = max(1, 1024 // block)
     warps = {1024: 4, 2048: 8, 4096: 8, 8192: 16}.get(rows * block, 32)
-    return _Blocks(rows, block, warps, 2 if block <= 4096 else 1, programs=max(1, 16 // warps))
+    rule = _Blocks(rows, block, warps, 2 if block <= 4096 else 1, programs=max(1, 16 // warps))
+    return chosen(_OPERATION, f"backward W{block}", rule, {"stages": (1, 2, 3), "programs": (1, 2, 4)})
 
 
 class _Problem(NamedTuple):
@@ -270,7 +274,7 @@ def rms_norm(
     x: Tensor, weight: Tensor | None, gate: Tensor | None, *, activation: str, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """[..., W] in `dtype`; arguments as in the public function. Computes in fp32."""
-    return _RMSNorm.apply(x, weight, gate, activation, eps, dtype)
+    return applied(_RMSNorm, x, weight, gate, activation, eps, dtype)
 
 
 def unsupported(x: Tensor, weight: Tensor | None, gate: Tensor | None, **_: Any) -> str | None:
