@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from dense_lab_kernels._triton import Launch, Sm90Case, cdiv, compile_once, power_of_2, unsupported_place
+from dense_lab_kernels._triton import Launch, Sm90Case, applied, cdiv, compile_once, power_of_2, unsupported_place
 from dense_lab_kernels.decay_attention import triton_kernels as kernels
 from dense_lab_kernels.decay_attention import triton_step
 from dense_lab_kernels.decay_attention.triton_launch import Tile, Tiles, collecting, run, tiles_for
@@ -51,7 +51,7 @@ def decay_attention(
     if initial_state is not None:
         initial_state = initial_state.float()
     if q.shape[3] % _ALIGNED == 0 and v.shape[3] % _ALIGNED == 0:
-        output, final_state = _DecayAttention.apply(*tensors, initial_state)
+        output, final_state = applied(_DecayAttention, *tensors, initial_state)
     else:
         output, final_state = _padded(*tensors, initial_state)
     return output.to(v.dtype), final_state
@@ -63,7 +63,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: T
     keys, values = (0, -key_size % _ALIGNED), (0, -value_size % _ALIGNED)
     if initial_state is not None:
         initial_state = pad(initial_state, (*values, *keys))
-    output, final_state = _DecayAttention.apply(pad(q, keys), pad(k, keys), pad(v, values), log_decay, initial_state)
+    output, final_state = applied(_DecayAttention, pad(q, keys), pad(k, keys), pad(v, values), log_decay, initial_state)
     return output[..., :value_size], final_state[..., :key_size, :value_size]
 
 

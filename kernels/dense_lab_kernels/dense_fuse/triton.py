@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from dense_lab_kernels._triton import (
     Launch,
     Sm90Case,
+    applied,
     cdiv,
     compile_once,
     launch,
@@ -312,7 +313,7 @@ def dense_fuse(
         gates = () if gate is None else (gate,) if isinstance(gate, Tensor) else gate
         kind = "bottleneck" if isinstance(gate, Bottleneck) else "factors"
         cut = _Streams(len(sources), kind, "read" if returning == "fused and own" else "unread")
-        fused, own = _DenseFuse.apply(own, weight, options, cut, *sources, *gates)
+        fused, own = applied(_DenseFuse, own, weight, options, cut, *sources, *gates)
     return (fused, own) if returning == "fused and own" else fused
 
 

@@ -19,7 +19,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dense_lab_kernels._triton import Launch, Sm90Case, cdiv, compile_once, launch, power_of_2, unsupported_place
+from dense_lab_kernels._triton import (
+    Launch,
+    Sm90Case,
+    applied,
+    cdiv,
+    compile_once,
+    launch,
+    power_of_2,
+    unsupported_place,
+)
 from dense_lab_kernels.rotate.reference import angles, log_decays
 
 __all__ = ["rotate", "sm90_cases", "unsupported"]
@@ -241,7 +250,7 @@ def rotate(
     options = {"normaliser": normaliser, "activation": activation, "scale": scale}
     if also is not None and scale != 1:  # The kernel scales both.
         return rotate(x, None, start=start, **options), rotate(also, None, start=start, **_PLAIN)
-    out, also_out = _Rotate.apply(x, also, start, options)
+    out, also_out = applied(_Rotate, x, also, start, options)
     return out if also is None else (out, also_out)
 
 
