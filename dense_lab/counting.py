@@ -53,22 +53,19 @@ def count(spec: ModelSpec, vocab_size: int) -> Counts:
 def parameters_by_part(spec: ModelSpec, vocab_size: int) -> dict[str, int]:
     """Number of parameters of each of PARTS; raises InputError when the model cannot be built."""
     table = vocab_size * spec.width
-    parts = {"embedding": table, "core": 0, "dense": 0, "ffn": 0, "norm": spec.width}
-    for layer in _layers(spec):
-        parts["core"] += _tally(layer.core).parameters
-        parts["dense"] += sum(_tally(connection).parameters for connection in layer.dense.values())
-        parts["ffn"] += _tally(layer.ffn).parameters
-        parts["norm"] += _tally(layer.norm).parameters + _tally(layer.ffn_norm).parameters
-    return {**parts, "head": table if spec.head == "untied" else 0}
+    mixers, blocks = _built(spec)
+    ffn = sum(_tally(block.ffn).parameters for block in blocks)
+    norm = sum(_tally(block.norm).parameters + _tally(block.ffn_norm).parameters for block in blocks)
+    head = table if spec.head == "untied" else 0
+    sizes = (table, mixers.core, mixers.dense, ffn, norm + spec.width, head)
+    return dict(zip(PARTS, sizes, strict=True))
 
 
 def flops_per_token(spec: ModelSpec, vocab_size: int) -> float:
     """See `Counts`; raises InputError when the model cannot be built."""
-    total = 2.0 * vocab_size * spec.width
-    for layer in _layers(spec):
-        used = [layer.core, layer.ffn, *(layer.dense[site] for site in layer.reads)]
-        total += 2 * sum(_tally(module).linear for module in used) + Block.mixing_flops(layer)  # type: ignore[arg-type]
-    return total
+    mixers, blocks = _built(spec)
+    linear = vocab_size * spec.width + mixers.linear + sum(_tally(block.ffn).linear for block in blocks)
+    return 2.0 * linear + mixers.recurrences
 
 
 def state_bytes(spec: ModelSpec) -> int:
@@ -90,7 +87,7 @@ def _reads_states(dense: DenseSpec, core: Component, width: int) -> bool:
 def check_sizes(spec: ModelSpec) -> None:
     """Raise InputError, with the sentence of the component concerned, when the model cannot be built."""
     try:
-        _layers(spec)
+        _built(spec)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"model: {error}") from error
 
@@ -111,30 +108,62 @@ _INITIALISERS = {getattr(nn.init, name) for name in dir(nn.init) if name.endswit
 _INITIALISERS |= {Tensor.uniform_, Tensor.normal_}
 
 
+class _Mixers(NamedTuple):
+    """All cores of a model with their dense connections."""
+
+    core: int
+    """Parameters."""
+    dense: int
+    """Parameters."""
+    linear: int
+    """Weights of linear maps, as often as they are applied to a token."""
+    recurrences: float
+    """FLOPs per token."""
+
+
+def _built(spec: ModelSpec) -> tuple[_Mixers, list[Block]]:
+    """The model's mixers and its blocks without dense connections, on the meta device; equal parts are one module."""
+    specs = [(layer.core, layer.ffn or spec.ffn, layer.dense or spec.dense) for layer in spec.layers()]
+    known = {id(component): component for layer in specs for component in layer}
+    shared: dict[int, Any] = {name: _Shared(component) for name, component in known.items()}
+    parts = [tuple(shared[id(component)] for component in layer) for layer in specs]
+    with torch.device("meta"), _NothingDrawn():
+        blocks = [_block(core, ffn, spec) for core, ffn, _ in parts]
+        # A feed-forward layer changes nothing about them.
+        key = (spec.width, *((core.key, dense.key) for core, _, dense in parts))
+        mixers = _remembered(key, lambda: _connected(blocks, [dense for _, _, dense in parts], spec))
+    return mixers, blocks
+
+
+def _connected(blocks: Sequence[Block], dense: Sequence[Any], spec: ModelSpec) -> _Mixers:
+    layers: Any = [_Layer(block) for block in blocks]
+    for index, connection in enumerate(dense):
+        connect(layers, index, connection, spec)
+    cores = [_tally(layer.core) for layer in layers]
+    connections = [(_tally(module), site in layer.reads) for layer in layers for site, module in layer.dense.items()]
+    used = [tally.linear for tally in cores] + [tally.linear for tally, reads in connections if reads]
+    return _Mixers(
+        sum(tally.parameters for tally in cores),
+        sum(tally.parameters for tally, _ in connections),
+        sum(used),
+        sum(Block.mixing_flops(layer) for layer in layers),
+    )
+
+
 class _Layer:
     """A block, as far as dense connections and counts need one; made of modules that it may share with others."""
 
     def __init__(self, block: Block) -> None:
         vars(self).update({name: copy.copy(value) for name, value in vars(block).items() if not name.startswith("_")})
-        self.core, self.ffn, self.norm, self.ffn_norm = block.core, block.ffn, block.norm, block.ffn_norm
+        self.core = block.core
         self.dense: dict[str, nn.Module] = {}
-        self.reads: dict[str, tuple[int, ...]] = {}
-
-
-def _layers(spec: ModelSpec) -> list[_Layer]:
-    """The blocks of the model on the meta device, connected."""
-    specs = ((layer.core, layer.ffn or spec.ffn, layer.dense or spec.dense) for layer in spec.layers())
-    parts = [(_Shared(core), _Shared(ffn), _Shared(dense)) for core, ffn, dense in specs]
-    with torch.device("meta"), _NothingDrawn():
-        layers = [_Layer(_block(core, ffn, spec)) for core, ffn, _ in parts]
-        for index, (_, _, dense) in enumerate(parts):
-            connect(layers, index, dense, spec)  # type: ignore[arg-type]
-    return layers
 
 
 def _block(core: _Shared, ffn: _Shared, spec: ModelSpec) -> Block:
-    layer: Any = BlockSpec.model_construct(core=core, ffn=ffn)  # type: ignore[arg-type]
-    block: Block = _remembered((core.key, ffn.key, spec.width), lambda: Block(layer, spec))
+    def build() -> Block:
+        return Block(BlockSpec.model_construct(core=core, ffn=ffn), spec)  # type: ignore[arg-type]
+
+    block: Block = _remembered((core.key, ffn.key, spec.width), build)
     return block
 
 
