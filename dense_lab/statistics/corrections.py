@@ -61,7 +61,7 @@ def dunnett_p(statistic: Floats | float, df: int, comparisons: int) -> Floats:
 
         P(max |T_i| <= c) = E_s E_z [ Phi(z + sqrt(2) c s) - Phi(z - sqrt(2) c s) ] ^ comparisons
 
-    (Dunnett 1955, equation 6, two-sided); both expectations are Gaussian quadratures, good to 2e-6 of p.
+    (Dunnett 1955, the two-sided case); both expectations are Gaussian quadratures, good to 2e-6 of p.
     """
     c = np.asarray(statistic, dtype=np.float64)[..., None, None]
     s, s_weight = scatter_nodes(df)

@@ -14,9 +14,9 @@ from scipy import stats
 
 from dense_lab.statistics import undecided
 from dense_lab.statistics.boundaries import boundaries
-from dense_lab.statistics.corrections import Correction, dunnett_critical, holm
+from dense_lab.statistics.corrections import Correction, critical, dunnett_critical, holm
 from dense_lab.statistics.paired import bca_interval, blocks_test, t_test
-from dense_lab.statistics.power import seeds_needed
+from dense_lab.statistics.power import noncentrality, seeds_needed
 
 Sampler = Callable[[np.random.Generator, int, int, int], np.ndarray]
 
@@ -102,6 +102,39 @@ def sequential_family_wise(world: str, reps: int, first: int, maximum: int, arms
     return float((shown & down).any(axis=1).mean()), float(shown.any(axis=1).mean())
 
 
+def peeking(reps: int, first: int, maximum: int, arms: int = 10) -> float:
+    """Any claim by the ordinary test, Holm over arms, at any look: what the sequential rule is there to prevent."""
+    values = WORLDS["normal"](np.random.default_rng(6), reps, arms, maximum)
+    differences = values[:, 1:] - values[:, :1]
+    looks = [holm(t_test(differences[..., :n]).p) <= 0.05 for n in range(first, maximum + 1)]
+    return float(np.any(looks, axis=0).any(axis=1).mean())
+
+
+def diverging(reps: int, seeds: int, lost: float) -> float:
+    """How often one equal arm is called better when its worst runs, a share of `lost`, fail and so are missing."""
+    rng = np.random.default_rng(7)
+    values = rng.normal(size=(reps, 2, seeds))
+    claimed = 0
+    for baseline, arm in values:
+        sample = (arm - baseline)[arm < stats.norm.isf(lost)]
+        if len(sample) > 1:
+            test = t_test(sample)
+            claimed += bool(test.p <= 0.05 and test.mean < 0)
+    return claimed / reps
+
+
+def missed(reps: int, seeds: int, power: float = 0.8) -> float:
+    """How often "no difference shown" is said of an arm that differs by the smallest effect; the worst of scatters."""
+    threshold = critical(seeds - 1, 0.05, 1, "holm")
+    factor = noncentrality(threshold, seeds - 1, power)
+    worst = 0.0
+    for ratio in np.linspace(0.5, 3, 11):
+        sample = np.random.default_rng(8).normal(1, ratio * np.sqrt(seeds) / factor, size=(reps, seeds))
+        test = t_test(sample)
+        worst = max(worst, float(((np.abs(test.t) < threshold) & (test.error * factor <= 1)).mean()))
+    return worst
+
+
 def procedure(
     effect: float, smallest: float, reps: int, *, first: int = 3, maximum: int = 10, arms: int = 4
 ) -> dict[str, float]:
@@ -128,7 +161,7 @@ def procedure(
         given_up += not shown[0] and len(differences["1"]) < maximum
         wrong += bool(shown[1:].any())
         used += sum(map(len, differences.values()))
-    return {"found": found / reps, "wrongly given up": given_up / reps, "others claimed": wrong / reps,
+    return {"found": found / reps, "given up": given_up / reps, "others claimed": wrong / reps,
             "seeds per arm": used / reps / (arms - 1)}  # fmt: skip
 
 
@@ -144,36 +177,56 @@ def coverage(world: str, reps: int, seeds: int, level: float = 0.95, bootstrap_r
 
 def main(reps: int) -> None:
     """Print everything."""
-    print(f"\n10 identical arms, 5 seeds, alpha 0.05: any 'better' / any claim, in % of {reps} repetitions")
-    print("(the 50 repetitions of the acceptance: see the last column, holm)")
-    for world in WORLDS:
-        rates = [family_wise(world, c, reps) for c in ("holm", "dunnett", "none")]
-        few = family_wise(world, "holm", 50)
-        print(f"| {world} |", " | ".join(f"{100 * b:.2f} / {100 * a:.2f}" for b, a in (*rates, few)), "|")
-
-    print(f"\nplanted effect at seeds_needed(power 0.8), 9 comparisons: found / another claimed, % of {reps}")
-    for correction in ("holm", "dunnett", "none"):
-        for effect in (1.0, 2.0, 4.0):
-            seeds = seeds_needed(np.sqrt(2), effect, comparisons=9, correction=correction)
-            hit, other = planted(correction, seeds, effect, reps)
-            fewer = planted(correction, seeds - 1, effect, reps)[0] if seeds > 2 else float("nan")
-            print(f"| {correction} | {effect} | {seeds} | {100 * hit:.1f} | {100 * fewer:.1f} | {100 * other:.2f} |")
-
-    print(f"\nlooks after every seed from 3 to 10, 10 identical arms: any 'better' / any claim, % of {reps}")
-    for world in WORLDS:
-        better, either = sequential_family_wise(world, reps, 3, 10)
-        print(f"| {world} | {100 * better:.2f} / {100 * either:.2f} |")
-
-    print("\nuntil decided, 4 arms, 3 to 10 seeds, smallest effect 3 (2.1 deviations), whole procedure")
-    for effect in (0.0, 1.5, 3.0, 6.0):
-        rates = procedure(effect, 3.0, min(reps, 2000) // 4)
-        print(f"| {effect} |", " | ".join(f"{name} {value:.3f}" for name, value in rates.items()), "|")
-
+    print_fixed(reps)
+    print_sequential(reps)
     print(f"\ncoverage of 95 % intervals of one difference: t (of {reps}), BCa (of 400), in %")
     for world in ("normal", "heavy tails (t, 3 df)", "skewed arms, quiet baseline"):
         for seeds in (3, 5, 10, 20):
             t, bca = coverage(world, reps, seeds)
             print(f"| {world} | {seeds} | {100 * t:.1f} | {100 * bca:.1f} |")
+
+
+def print_fixed(reps: int) -> None:
+    """Error rates and power with a fixed number of seeds."""
+    print(f"\n10 identical arms, 5 seeds, alpha 0.05: any 'better' / any claim, in % of {reps} repetitions")
+    print("by holm, dunnett, none; last column: holm, 50 repetitions")
+    for world in WORLDS:
+        rates = [family_wise(world, c, reps) for c in ("holm", "dunnett", "none")]
+        few = family_wise(world, "holm", 50)
+        print(f"| {world} |", " | ".join(f"{100 * b:.1f} / {100 * a:.1f}" for b, a in (*rates, few)), "|")
+
+    print(f"\nplanted effect, 9 comparisons: seeds_needed(power 0.8), found / with a seed fewer / others, % of {reps}")
+    for correction in ("holm", "dunnett", "none"):
+        for effect in (1.0, 2.0, 4.0):
+            seeds = seeds_needed(np.sqrt(2), effect, comparisons=9, correction=correction)
+            hit, other = planted(correction, seeds, effect, reps)
+            fewer = planted(correction, seeds - 1, effect, reps)[0]
+            print(f"| {correction} | {effect} | {seeds} | {100 * hit:.1f} | {100 * fewer:.1f} | {100 * other:.1f} |")
+
+    lost = {seeds: diverging(reps, seeds, 0.2) for seeds in (5, 10, 20)}
+    print("\nan equal arm whose worst fifth of runs fails, called better:", _told(lost))
+    blind = {seeds: missed(reps, seeds) for seeds in (3, 5, 8)}
+    print("'no difference shown' of an arm that differs by the smallest effect, at most:", _told(blind))
+
+
+def print_sequential(reps: int) -> None:
+    """Error rates and power of looking after every seed."""
+    print(f"\nlooks after every seed from 3 to 10, 10 identical arms: any 'better' / any claim, % of {reps}")
+    for world in WORLDS:
+        better, either = sequential_family_wise(world, reps, 3, 10)
+        print(f"| {world} | {100 * better:.1f} / {100 * either:.1f} |")
+    print(f"the ordinary test at every one of these looks: {100 * peeking(reps, 3, 10):.1f} % any claim")
+
+    print("\nuntil decided, 4 arms, from 3 seeds, smallest effect in units of the noise of an arm, whole procedure")
+    for smallest, maximum, effects in ((3.0, 10, (0.0, 3.0, 6.0)), (1.5, 20, (0.0, 1.5, 3.0))):
+        for effect in effects:
+            rates = procedure(effect, smallest, min(reps, 2000) // 4, maximum=maximum)
+            told = " | ".join(f"{name} {value:.3f}" for name, value in rates.items())
+            print(f"| smallest {smallest}, at most {maximum} seeds | true {effect} | {told} |")
+
+
+def _told(rates: dict[int, float]) -> str:
+    return ", ".join(f"{100 * rate:.1f} % with {seeds} seeds" for seeds, rate in rates.items())
 
 
 if __name__ == "__main__":
