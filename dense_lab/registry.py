@@ -155,6 +155,15 @@ class Registry:
                 log.update(recorded)
 
     @contextmanager
+    def rehearsed(self) -> Iterator[None]:
+        """Within the block operations are only rehearsed: a session tells what would run, and nothing is compiled."""
+        with ExitStack() as stack:
+            for library in self.kernels:
+                if hasattr(library, "rehearsing"):
+                    stack.enter_context(library.rehearsing())
+            yield
+
+    @contextmanager
     def states_reused(self) -> Iterator[None]:
         """Within the block, operations may write the state after a single token where the state before it was."""
         with ExitStack() as stack:

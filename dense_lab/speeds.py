@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from dense_lab import registry as registries
 from dense_lab.components import Data
 from dense_lab.model import ModelSpec
 from dense_lab.results import TrialView, read_study
@@ -101,8 +102,8 @@ def _speed(trial: TrialView) -> tuple[float, float] | None:
 
 
 def implementations(runs: Sequence[RunSpec], place: Place, patience: float = 2.0) -> dict[str, dict[str, str]]:
-    """What computes each operation on this device, by core: found by a pass over one sequence through two layers of
-    one plain and one dense architecture of each core; empty for a core whose turn is after `patience` seconds."""
+    """What would compute each operation on this device, by core: found by a rehearsal over one sequence through two
+    layers of one plain and one dense architecture of each core; empty for a core whose turn is after `patience` s."""
     chosen: dict[tuple[str, bool], RunSpec] = {}
     for run in runs:
         for layer in run.model.layers():
@@ -125,6 +126,6 @@ def _ran(run: RunSpec, place: Place) -> dict[str, str]:
     module = short.build(data.vocab_size).to(place.device)
     module.kernels = run.kernels
     ids = torch.zeros(1, data.seq_len, dtype=torch.long, device=place.device)
-    with place.autocast():
+    with place.autocast(), registries.default().rehearsed():
         module.loss(ids, ids)
     return dict(module.ran)

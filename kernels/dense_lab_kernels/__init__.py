@@ -3,7 +3,15 @@
 Every operation takes and returns its recurrent state explicitly and accepts `impl=`; see `_dispatch` for who runs when.
 """
 
-from dense_lab_kernels._dispatch import ImplementationError, implementations, recording, reusing_states, using, watching
+from dense_lab_kernels._dispatch import (
+    ImplementationError,
+    implementations,
+    recording,
+    rehearsing,
+    reusing_states,
+    using,
+    watching,
+)
 from dense_lab_kernels.add_rms_norm import add_rms_norm
 from dense_lab_kernels.causal_conv1d import causal_conv1d
 from dense_lab_kernels.decay_attention import decay_attention
@@ -40,6 +48,7 @@ __all__ = [
     "keep",
     "linear_cross_entropy",
     "recording",
+    "rehearsing",
     "reusing_states",
     "rms_norm",
     "rotate",

@@ -32,6 +32,7 @@ _requested: ContextVar[Mapping[str, str]] = ContextVar("dense_lab_kernels_reques
 _log: ContextVar[dict[str, str] | None] = ContextVar("dense_lab_kernels_log", default=None)
 _watch: ContextVar[dict[str, Call] | None] = ContextVar("dense_lab_kernels_watch", default=None)
 _reuse: ContextVar[bool] = ContextVar("dense_lab_kernels_reuse", default=False)
+_rehearsal: ContextVar[bool] = ContextVar("dense_lab_kernels_rehearsal", default=False)
 
 
 class ImplementationError(ValueError):
@@ -53,7 +54,7 @@ def choose(operation: str, impl: str, verdicts: Mapping[str, str | None]) -> str
     log = _log.get()
     if log is not None:
         log[operation] = wanted
-    return wanted
+    return "reference" if _rehearsal.get() and verdicts.get("reference", "") is None else wanted
 
 
 class Call(NamedTuple):
@@ -234,6 +235,17 @@ def reusing_states() -> Iterator[None]:
         yield
     finally:
         _reuse.reset(token)
+
+
+@contextlib.contextmanager
+def rehearsing() -> Iterator[None]:
+    """Within the block operations run their reference, while `recording()` tells what they would have run: nothing is
+    compiled."""
+    token = _rehearsal.set(True)
+    try:
+        yield
+    finally:
+        _rehearsal.reset(token)
 
 
 def may_reuse_states() -> bool:
