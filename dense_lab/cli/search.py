@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="FOLDER",
     type=click.Path(path_type=Path),
-    help="Folder of another "
+    help="Folder or name of another "
     "study; finished trials of the very same spec are taken over from it. May be given several times.",
 )
 @click.option(
@@ -84,7 +84,7 @@ def command(
             trials=trials,
             mlflow_uri=mlflow_uri,
             on_progress=None if as_json else display.update,
-            reuse=reuse,
+            reuse=[options.study_folder(other, runs) for other in reuse],
             max_seeds=max_seeds if until == "decided" else None,
         )
     _tell(outcome, folder, as_json)

@@ -26,7 +26,7 @@ TICK = 0.25
 _PATIENCE = 60.0
 """Seconds that a worker has to stop in before it is killed."""
 _STILLBORN = 3
-"""Workers in a row that die without having claimed a trial before the search is given up."""
+"""Workers in a row that die without ever having claimed a trial before the search is given up."""
 _HEARTBEATS = 30.0
 """Seconds between two looks for trials of other machines that have fallen silent."""
 
@@ -132,7 +132,10 @@ class Supervisor:
         if problem is not None:
             raise problem
         self._deaths[pid] = _epitaph(pid, code)
-        self._stillborn = 0 if self.settle() else self._stillborn + 1
+        self.settle()
+        # One that dies between two trials, such as while it waits for the lock, has lived.
+        lived = any(book.claim(trial).get("owner", {}).get("pid") == pid for trial in self.ledger.trials())
+        self._stillborn = 0 if lived else self._stillborn + 1
         if self._stillborn >= _STILLBORN:
             log = self.job.folder / "logs"
             raise MachineError(f"{_STILLBORN} workers in a row died before they claimed a trial; see {log}")

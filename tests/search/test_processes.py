@@ -1,5 +1,6 @@
 """Searches with real worker processes: kill -9, Ctrl-C, two at once. The trainer costs nothing."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,10 +20,11 @@ from dense_lab.results import read_study
 from dense_lab.search import ledger as book
 from dense_lab.search import search
 from dense_lab.search.storage import default_url, load_study
+from dense_lab.search.supervise import _Worker
 from dense_lab.tracking import sync
 from dense_lab.tracking.place import default_uri, open_client
 from tests.search import fakes
-from tests.search.helpers import CONTINUOUS, study
+from tests.search.helpers import CONTINUOUS, Here, study
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +59,9 @@ def assert_settled(folder, count):
     return results
 
 
-def test_six_workers_on_a_fresh_folder_three_of_them_killed(tmp_path):
+def test_six_workers_on_a_fresh_folder_three_of_them_killed(tmp_path, monkeypatch):
+    # On a busy machine MLflow may need longer than a user would wait.
+    monkeypatch.setattr("dense_lab.search.engine.MLFLOW_PATIENCE", 300)
     folder, rng = tmp_path / "s", random.Random(0)
     killed, due = [], [rng.uniform(0.1, 1.0) for _ in range(3)]
     first = []
@@ -182,6 +187,24 @@ def test_a_trial_that_kills_every_worker_is_given_up(tmp_path):
     assert "was killed by signal SIGKILL; given up after 3 attempts" in trial.reason
     assert outcome.exit_code == 1
     assert outcome.results.complete
+
+
+def test_workers_killed_between_two_trials_are_not_stillborn(tmp_path):
+    here = Here(study(tmp_path, CONTINUOUS, "trials: 9"), tmp_path / "s", fakes.train)
+    here.one()
+    supervisor = here.search.supervisor
+
+    def dies(pid):
+        pipe, other = multiprocessing.Pipe()
+        other.close()
+        supervisor._mourn(_Worker(SimpleNamespace(pid=pid, exitcode=-9), pipe))
+
+    for _ in range(5):
+        dies(os.getpid())
+    dies(2**22 + 1)
+    dies(2**22 + 2)
+    with pytest.raises(MachineError, match="3 workers in a row died before they claimed a trial"):
+        dies(2**22 + 3)
 
 
 def test_what_the_machine_lacks_is_no_failed_trial(tmp_path):
