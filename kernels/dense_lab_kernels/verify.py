@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -102,14 +103,14 @@ def verify(
     """
     public = getattr(importlib.import_module(f"dense_lab_kernels.{operation}"), operation)
 
-    def run(impl: str, inputs: Mapping[str, Any], **changed: Any) -> dict[str, Tensor]:
-        given = {**(options or {}), **changed, "impl": impl}
-        return run_with_gradients(lambda **tensors: public(**tensors, **given), inputs, of=of)
+    def run(function: Callable[..., Any], inputs: Mapping[str, Any], **changed: Any) -> dict[str, Tensor]:
+        given = {**(options or {}), **changed}
+        return run_with_gradients(lambda **tensors: function(**tensors, **given), inputs, of=of)
 
-    fast = run(implementation, arguments)
-    plain = run("reference", arguments)
+    fast = run(public, arguments, impl=implementation)
+    plain = dict(zip(fast, run(_plain_form(operation, public, arguments), arguments).values(), strict=True))
     wide = {name: torch.float64 for name, value in (options or {}).items() if isinstance(value, torch.dtype)}
-    exact = run("reference", as_dtype(arguments, torch.float64), **wide)
+    exact = run(public, as_dtype(arguments, torch.float64), **wide, impl="reference")
     worst = max(deviations(fast, plain, exact), key=lambda deviation: deviation.used)
     given = flat(tuple(arguments.values()))
     return Verdict(
@@ -121,6 +122,15 @@ def verify(
         *worst,
         worst.ok,
     )
+
+
+def _plain_form(operation: str, public: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    """What is plain in the arguments' precision: `plain.py` where it is low and there is one, else the reference."""
+    narrow = any(t.is_floating_point() and t.element_size() < 4 for t in flat(tuple(arguments.values())))
+    name = f"dense_lab_kernels.{operation}.plain"
+    if narrow and importlib.util.find_spec(name):
+        return getattr(importlib.import_module(name), operation)
+    return functools.partial(public, impl="reference")
 
 
 def judge(call: Call) -> Verdict:

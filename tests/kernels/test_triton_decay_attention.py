@@ -18,7 +18,7 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
 
-from dense_lab_kernels.decay_attention import DecayAttentionOutput, decay_attention  # noqa: E402
+from dense_lab_kernels.decay_attention import DecayAttentionOutput, decay_attention, plain  # noqa: E402
 from dense_lab_kernels.decay_attention.triton import _Problem  # noqa: E402
 from dense_lab_kernels.decay_attention.triton_launch import Tile, Tiles, using_tiles  # noqa: E402
 
@@ -57,25 +57,9 @@ def draw(sizes: tuple[int, ...], decay: str, state: str, dtype: torch.dtype) -> 
     return inputs
 
 
-def plain_form(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, initial_state: Tensor | None = None
-) -> DecayAttentionOutput:
-    """The attention form in torch with its matrix products in q's dtype: what a plain implementation on a GPU does."""
-    dtype, tokens, heads = q.dtype, v.shape[1], v.shape[2]
-    q, k = (x.repeat_interleave(heads // x.shape[2], dim=2).transpose(1, 2) for x in (q, k))
-    values = v.transpose(1, 2)
-    sums = log_decay.expand(v.shape[:3]).transpose(1, 2).cumsum(-1)
-    gaps = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(
-        torch.ones(tokens, tokens, dtype=torch.bool, device=v.device).triu(1), float("-inf")
-    )
-    output = ((q @ k.mT).float() * gaps.exp()).to(dtype) @ values
-    leave = (k.float() * (sums[..., -1:] - sums).exp().unsqueeze(-1)).to(dtype)
-    state = (leave.mT @ values).float()
-    if initial_state is not None:
-        enter = (q.float() * sums.exp().unsqueeze(-1)).to(dtype)
-        output = output + enter @ initial_state.to(dtype)
-        state = state + sums[..., -1:, None].exp() * initial_state
-    return DecayAttentionOutput(output.transpose(1, 2), state)
+def plain_form(*tensors: Tensor, **named: Any) -> DecayAttentionOutput:
+    """What a plain implementation on a GPU does."""
+    return DecayAttentionOutput(*plain.decay_attention(*tensors, **named))
 
 
 def check(sizes: tuple[int, ...], decay: str, state: str, dtype: torch.dtype, tiles: Tiles | None) -> None:
@@ -84,10 +68,10 @@ def check(sizes: tuple[int, ...], decay: str, state: str, dtype: torch.dtype, ti
     fixed = {"log_decay": inputs.pop("log_decay")} if decay == "constant" else {}
     with_double = partial(decay_attention, **as_dtype(fixed, torch.float64), impl="reference")
     exact = run_with_gradients(with_double, as_dtype(inputs, torch.float64))
-    plain = run_with_gradients(partial(plain_form, **fixed), inputs)
+    low = run_with_gradients(partial(plain_form, **fixed), inputs)
     with using_tiles(tiles):
         fast = run_with_gradients(partial(decay_attention, **fixed, impl="triton"), inputs)
-    assert_as_accurate(fast, plain, exact)
+    assert_as_accurate(fast, low, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
