@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ class Past(NamedTuple):
     """What later layers may read of a layer in one pass."""
 
     streams: Streams
-    """Before fusion; on a GPU some are as `project` gave them, see `Block.raw`."""
+    """Before fusion; some are as `project` gave them, see `Block.raw`."""
     recurrence: Recurrence | None
     """None unless a later layer reads the state."""
 
@@ -53,8 +53,8 @@ class Block(nn.Module):
         self.streams_read: set[str] = set()
         """Names of the streams that later layers read."""
         self.raw: set[str] = set()
-        """Names of the streams that a GPU leaves as `project` gives them to all layers that read them, see
-        `leave_raw`."""
+        """Names of the streams that stay as `project` gives them for all layers that read them, see `leave_raw`; on a
+        CPU only those that need no activation."""
         self.state_readers = 0
         """How many later layers read the state."""
         ffn = (spec.ffn or model.ffn).build(model.width)
@@ -68,7 +68,7 @@ class Block(nn.Module):
         later layers may read."""
         x, h = drop.add(x, y, self.norm)
         own, unfused = state if isinstance(state, FusedState) else (state, None)
-        with joining(h, self._first_maps(h)) as mapped:
+        with joining(h, self._first_maps()) as mapped:
             raw, before = self.core.project(h, own)
         streams, past = self._connected(h, raw, history, iter(mapped))
         y, after = self._mix(h, streams, before, history)
@@ -80,36 +80,36 @@ class Block(nn.Module):
             y = self.ffn(h)
         return x, y, after, Past(past, recurrence)
 
-    def _first_maps(self, x: Tensor) -> list[Tensor]:
-        """Weights of what the connections of raw streams map x by, in their order."""
-        connections = [self.dense[site] for site in self.reads if site in self._left_raw(x)]
-        return [weight for connection in connections for weight in connection.first_map()]  # type: ignore[operator]
+    def _streams_fused(self) -> dict[str, tuple[int, ...]]:
+        return {site: layers for site, layers in self.reads.items() if site not in self.state_sites}
+
+    def _first_maps(self) -> list[Tensor]:
+        """Weights of what the connections map x by that fuse in one pass, in their order."""
+        connections: list[Any] = [self.dense[site] for site in self._streams_fused()]
+        return [weight for connection in connections if connection.takes_raw() for weight in connection.first_map()]
 
     def _connected(
         self, h: Tensor, raw: Streams, history: Sequence[Past], mapped: Iterator[Tensor]
     ) -> tuple[Streams, Streams]:
         """Streams with the sources fused in, and those that later layers read."""
-        left = self._left_raw(h)
-        connected = {site: layers for site, layers in self.reads.items() if site not in self.state_sites}
+        declared = {stream.name: stream for stream in self.core.streams}
+        # A CPU does what costs exponentials once, for all that read a stream.
+        left = self.raw if h.is_cuda else {name for name in self.raw if declared[name].activation == "none"}
+        connected = self._streams_fused()
         streams = self.core.finished(raw, besides=left & connected.keys())
         past = {name: (raw if name in left else streams)[name] for name in self.streams_read}
         for site, layers in connected.items():
-            connection, sources = self.dense[site], tuple(history[i].streams[site] for i in layers)
-            if site not in left:
+            connection: Any = self.dense[site]
+            sources = tuple(history[i].streams[site] for i in layers)
+            if not connection.takes_raw():
                 streams[site] = connection(h, streams[site], sources)
                 continue
-            stream = next(stream for stream in self.core.streams if stream.name == site)
-            own_maps = [next(mapped) for _ in connection.first_map()]  # type: ignore[operator]
-            streams_read = RawStreams(raw[site], sources, stream)
-            fused, own = connection.fuse_raw(h, streams_read, own_maps)  # type: ignore[operator]
-            streams[site] = fused
+            stream = declared[site] if site in left else Stream(site, declared[site].width)
+            given = RawStreams((raw if site in left else streams)[site], sources, stream)
+            streams[site], own = connection.fuse_raw(h, given, [next(mapped) for _ in connection.first_map()])
             if site in past:
                 past[site] = own
         return streams, past
-
-    def _left_raw(self, x: Tensor) -> set[str]:
-        # A CPU finishes streams once, for all that read them.
-        return self.raw if x.is_cuda else set()
 
     def _mix(self, h: Tensor, streams: Streams, state: State, history: Sequence[Past]) -> tuple[Tensor, State]:
         if not self.state_sites:

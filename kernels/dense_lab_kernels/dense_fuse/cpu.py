@@ -20,7 +20,7 @@ from dense_lab_kernels._vector import WIDTH
 from dense_lab_kernels.dense_fuse import loops
 from dense_lab_kernels.dense_fuse.reference import ACTIVATIONS, Bottleneck
 
-_NARROW = 8
+_NARROW = 16
 """A wider bottleneck is multiplied out by torch, whose products of matrices are faster then."""
 
 
@@ -68,8 +68,9 @@ def _fuse(
 
     hidden = table = own.new_zeros(0, 0, dtype=dtype)
     if isinstance(gate, Bottleneck):
-        hidden = torch.nn.functional.silu(gate.hidden.to(dtype)).flatten(0, -2).contiguous()
-        table, gate = rows(gate.weight.mT), None
+        fours = (0, -gate.hidden.shape[-1] % 4)
+        hidden = pad(torch.nn.functional.silu(gate.hidden.to(dtype)), fours).flatten(0, -2).contiguous()
+        table, gate = rows(pad(gate.weight, fours).mT), None
     gates = () if gate is None else gate if isinstance(gate, tuple) else (gate,)
     norm = own.new_zeros(0, dtype=dtype) if weight is None else rows(weight).flatten()
     options = _Options(activation == "silu", activation == "sigmoid", eps, width, len(sources))
@@ -118,14 +119,23 @@ class _Fuse(torch.autograd.Function):
         tasks, cost = _work(own, others)
         # Without a gate sources have own's gradient, unless that has more in it.
         reads = own.new_empty(len(gates) or int(hidden.numel() > 0 or d_again is not None), *own.shape)
-        d_table, d_weight = weight.new_zeros(tasks, *table.shape), weight.new_zeros(tasks, len(weight))
+        d_table, d_weight = weight.new_empty(tasks, *table.shape), weight.new_zeros(tasks, len(weight))
         d = (torch.empty_like(own), reads, own.new_empty(len(gates), *own.shape), torch.empty_like(hidden))
         given = (own, _addresses(sources), _addresses(gates), hidden, table, weight)
         d_out = torch.zeros_like(own) if d_out is None else d_out.contiguous()
         d_again = own[:0] if d_again is None else d_again.contiguous()
         options, filled = (silu, sigmoid, width), (*d, d_table, d_weight)
         run(
-            loops.backward, tasks, cost, own.new_empty(3, own.shape[1]), given, *options, scales, d_out, d_again, filled
+            loops.backward,
+            tasks,
+            cost,
+            own.new_empty(2 + loops.ROWS, own.shape[1]),
+            given,
+            *options,
+            scales,
+            d_out,
+            d_again,
+            filled,
         )
         d_own, d_reads, d_gates, d_hidden = d
         d_sources = d_reads.unbind(0) if len(d_reads) else (d_own,)

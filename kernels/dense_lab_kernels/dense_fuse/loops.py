@@ -2,7 +2,8 @@
 
 own, out and the gradients are [rows, W]; sources and gates are tables of addresses of such arrays, so that one compiled
 loop serves any number of them. gates holds none, one (shared by all sources) or one per source. A shared gate may be
-computed here instead, as hidden [rows, R] times table [R, W], so that it never is an array; without one R is 0.
+computed here instead, as hidden [rows, R] times table [R, W], so that it never is an array; R is 0 without, else a
+multiple of 4, since four sums at a time keep the processor busy.
 """
 
 from __future__ import annotations
@@ -45,8 +46,12 @@ def _shared(inputs: Any, silu: bool, sigmoid: bool, row: int, column: int) -> tu
     gate = spread(own.dtype.type(0))
     if gates.size:
         gate = load_from(gates, 0, own, at)
-    for i in range(rank):
-        gate = gate + load(table, i * width + column) * pick(hidden, row * rank + i)
+    for i in range(0, rank, 4):
+        part, factor = i * width + column, row * rank + i
+        gate = gate + load(table, part) * pick(hidden, factor)
+        gate = gate + load(table, part + width) * pick(hidden, factor + 1)
+        gate = gate + load(table, part + 2 * width) * pick(hidden, factor + 2)
+        gate = gate + load(table, part + 3 * width) * pick(hidden, factor + 3)
     active, slope = _activated(gate, silu, sigmoid, own)
     return read, active, slope
 
@@ -108,25 +113,55 @@ def _gates_back(inputs: Any, silu: bool, sigmoid: bool, at: int, d_fused: Vector
 
 
 @inlined
-def _bottleneck_back(inputs: Any, row: int, part: int, scratch: Array, d: Any) -> None:
-    """From the row of the gate's gradient in scratch[1] to hidden, and to the table, whose part it is added to."""
+def _hidden_back(inputs: Any, row: int, from_: int, scratch: Array, d_hidden: Array) -> None:
+    """From a row of the gate's gradient, at `from_` in scratch, to hidden."""
     own, hidden, table = inputs[0], inputs[3], inputs[4]
-    d_hidden, d_table = d[3], d[4]
     width, rank = own.shape[1], hidden.shape[1]
-    for i in range(rank):
-        along, factor = spread(own.dtype.type(0)), pick(hidden, row * rank + i)
+    for i in range(0, rank, 4):
+        zero = spread(own.dtype.type(0))
+        first, second, third, fourth = zero, zero, zero, zero
         for column in range(0, width, WIDTH):
-            d_gate = load(scratch, width + column)
-            along = along + d_gate * load(table, i * width + column)
-            at = (part * rank + i) * width + column
-            store(d_table, at, load(d_table, at) + d_gate * factor)
-        put(d_hidden, row * rank + i, total(along))
+            d_gate, part = load(scratch, from_ + column), i * width + column
+            first = first + d_gate * load(table, part)
+            second = second + d_gate * load(table, part + width)
+            third = third + d_gate * load(table, part + 2 * width)
+            fourth = fourth + d_gate * load(table, part + 3 * width)
+        at = row * rank + i
+        put(d_hidden, at, total(first))
+        put(d_hidden, at + 1, total(second))
+        put(d_hidden, at + 2, total(third))
+        put(d_hidden, at + 3, total(fourth))
 
 
 @inlined
-def _normal(inputs: Any, silu: bool, sigmoid: bool, row: int, scale: Any, d_out: Array, scratch: Array) -> Vector:
-    """Fill scratch with the row before the weight and, for one gate, with what its gradients need: act(gate) and
-    slope * read. Gives the products of the first with its gradient, to be summed."""
+def _table_back(inputs: Any, task: int, from_: int, scratch: Array, d_table: Array) -> None:
+    """From the rows of the gate's gradient of a task, from `from_` on in scratch, to the table's part."""
+    own, hidden = inputs[0], inputs[3]
+    (rows, width), rank = own.shape, hidden.shape[1]
+    begin = task * ROWS
+    for i in range(0, rank, 4):
+        for column in range(0, width, WIDTH):
+            zero = spread(own.dtype.type(0))
+            first, second, third, fourth = zero, zero, zero, zero
+            for row in range(min(ROWS, rows - begin)):
+                d_gate, at = load(scratch, from_ + row * width + column), (begin + row) * rank + i
+                first = first + d_gate * pick(hidden, at)
+                second = second + d_gate * pick(hidden, at + 1)
+                third = third + d_gate * pick(hidden, at + 2)
+                fourth = fourth + d_gate * pick(hidden, at + 3)
+            part = (task * rank + i) * width + column
+            store(d_table, part, first)
+            store(d_table, part + width, second)
+            store(d_table, part + 2 * width, third)
+            store(d_table, part + 3 * width, fourth)
+
+
+@inlined
+def _normal(
+    inputs: Any, silu: bool, sigmoid: bool, row: int, scale: Any, d_out: Array, scratch: Array, gate_at: int
+) -> Vector:
+    """Fill scratch with the row before the weight and, for one gate, with what its gradients need: act(gate) and, from
+    `gate_at` on, slope * read. Gives the products of the first with its gradient, to be summed."""
     own, gates, weight = inputs[0], inputs[2], inputs[5]
     width = own.shape[1]
     along = spread(own.dtype.type(0))
@@ -136,8 +171,8 @@ def _normal(inputs: Any, silu: bool, sigmoid: bool, row: int, scale: Any, d_out:
             fused = _fused(inputs, silu, sigmoid, row, column)
         else:
             read, active, slope = _shared(inputs, silu, sigmoid, row, column)
-            store(scratch, width + column, slope * read)
-            store(scratch, 2 * width + column, active)
+            store(scratch, width + column, active)
+            store(scratch, gate_at + column, slope * read)
             fused = load(own, at) + read * active
         if weight.size:
             normal = fused * scale
@@ -163,17 +198,22 @@ def backward(
     """Tasks first..stop: fill d = own, reads, gates, hidden, table, weight.
 
     d_again: own's other gradient, or empty. Those of table [tasks, R, W] and weight [tasks, W], zeros at first, are per
-    task. scratch [3, W]: a row of normalised numbers, and what `_normal` says.
+    task. scratch [2 + ROWS, W]: a row of normalised numbers, one of act(gate), and the gate's gradient, of which a
+    bottleneck keeps all rows of the task.
     """
     own, _, gates, hidden, _, weight = inputs
-    d_own, d_reads, d_gates, _, _, d_weight = d
+    d_own, d_reads, d_gates, d_hidden, d_table, d_weight = d
     rows, width = own.shape
     for task in range(first, stop):
         for row in range(task * ROWS, min((task + 1) * ROWS, rows)):
+            gate_at = 2 * width
+            if hidden.size:
+                gate_at += (row - task * ROWS) * width
             scale = own.dtype.type(1)
             if weight.size:
                 scale = scales[row]
-            mean = own.dtype.type(total(_normal(inputs, silu, sigmoid, row, scale, d_out, scratch)) / count)
+            along = _normal(inputs, silu, sigmoid, row, scale, d_out, scratch, gate_at)
+            mean = own.dtype.type(total(along) / count)
             for column in range(0, width, WIDTH):
                 at = row * width + column
                 d_fused = load(d_out, at)
@@ -185,13 +225,15 @@ def backward(
                 if gates.size > 1:
                     _gates_back(inputs, silu, sigmoid, at, d_fused, d)
                 elif d_reads.size:
-                    store(d_reads, at, load(scratch, 2 * width + column) * d_fused)
-                    d_gate = load(scratch, width + column) * d_fused
-                    store(scratch, width + column, d_gate)
+                    store(d_reads, at, load(scratch, width + column) * d_fused)
+                    d_gate = load(scratch, gate_at + column) * d_fused
+                    store(scratch, gate_at + column, d_gate)
                     if gates.size:
                         store(d_gates, at, d_gate)
                 if d_again.size:
                     d_fused = d_fused + load(d_again, at)
                 store(d_own, at, d_fused)
             if hidden.size:
-                _bottleneck_back(inputs, row, task, scratch, d)
+                _hidden_back(inputs, row, gate_at, scratch, d_hidden)
+        if hidden.size:
+            _table_back(inputs, task, 2 * width, scratch, d_table)
