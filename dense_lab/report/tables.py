@@ -12,7 +12,10 @@ from dense_lab.units import human
 
 COSTS = ("tokens_per_second", "parameters", "state_bytes", "flops_per_token")
 """Shown beside the objectives."""
-RECORDED = ("commit", "device", "dtype", "data", "seed", "plugins", "implementations", "torch", "triton", "python")
+RECORDED = (
+    *("commit", "device", "dtype", "data", "seed", "plugins", "implementations", "kernels.verified"),
+    *("torch", "triton", "python"),
+)
 """Tags of a trial that say where its numbers come from."""
 FEWEST = 4
 """Complete trials below which importance is not computed: a forest of three points says nothing."""

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from importlib import metadata
 
 import torch
 
@@ -41,14 +42,31 @@ def tags(spec: RunSpec, plugins: dict[str, str], corpus: Corpus, model: Language
         "seed": str(spec.seed),
         "spec": spec.digest(plugins),
         "data": corpus.fingerprint,
-        "commit": commit(),
-        "plugins": ",".join(f"{name}={version}" for name, version in plugins.items()),
-        "device": place.describe(),
-        "dtype": str(place.dtype).removeprefix("torch."),
+        "plugins": listed(plugins),
+        **surroundings(place),
         "implementations": ",".join(f"{name}={impl}" for name, impl in sorted(ran.items())),
         "kernels.verified": verification.tag(spec, place, ran),
-        "host": platform.node(),
         "pid": str(os.getpid()),
+    }
+
+
+def listed(plugins: dict[str, str]) -> str:
+    """Names and versions as a tag."""
+    return ",".join(f"{name}={version}" for name, version in plugins.items())
+
+
+def surroundings(place: Place) -> dict[str, str]:
+    """Code, machine and libraries: what a run finds, as tags."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    return {
+        "commit": commit(),
+        "device": place.describe(),
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "host": platform.node(),
         "torch": torch.__version__,
+        "triton": triton,
         "python": platform.python_version(),
     }

@@ -1,0 +1,172 @@
+"""Trains recorded runs again, as the cells of a study of their own: in parallel, resumed when stopped, recorded."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dense_lab.errors import InputError
+from dense_lab.files import write_json
+from dense_lab.reproduce.agreement import Agreement, Cells, Held
+from dense_lab.reproduce.environment import Difference, differences, threads
+from dense_lab.reproduce.recorded import Recorded, recorded
+
+if TYPE_CHECKING:
+    from dense_lab.results import StudyResults
+    from dense_lab.search import Progress
+    from dense_lab.search.worker import Train
+    from dense_lab.space import Study
+
+RECORD = "reproduce.json"
+"""What came of it, in the folder of the new runs."""
+STUDY = "again.yaml"
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came of it."""
+
+    recorded: Recorded
+    folder: Path
+    """Of the new runs: a study's."""
+    environment: tuple[Difference, ...]
+    agreements: tuple[Agreement, ...]
+    stopped: bool
+    """Whether the user stopped it: not every run is there yet."""
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether every number fell where it was expected."""
+        return not self.stopped and all(one.holds for one in self.agreements)
+
+    def summary(self) -> str:
+        """One sentence."""
+        if self.stopped:
+            return "stopped: the same command goes on"
+        runs = [one for one in self.agreements if one.kind == "trial"]
+        equal = sum(one.outcome == "exact" for one in runs)
+        level = f"all intervals together hold with probability {1 - self.recorded.alpha:.4g}"
+        if equal == len(runs):
+            return f"reproduced: {equal} of {equal} runs bit for bit"
+        off = [one for one in self.agreements if not one.holds]
+        bits = f"{equal} of {len(runs)} runs bit for bit"
+        if not self.environment and "cpu" in runs_on(self.recorded):
+            bits += ", though nothing that is recorded of the environment has changed"
+        if not off:
+            return f"reproduced: all numbers fall inside the recorded spread ({level}); {bits}"
+        count = f"{len(off)} of {len(self.agreements)} numbers"
+        return f"NOT reproduced: {count} are not where they were expected ({level}); {bits}"
+
+    def as_json(self) -> dict[str, Any]:
+        """For JSON, which knows no number that is none."""
+        rows = [
+            {**asdict(one), "interval": [end if math.isfinite(end) else None for end in one.interval]}
+            for one in self.agreements
+        ]
+        return {
+            "reproduced": self.reproduced,
+            "summary": self.summary(),
+            "folder": str(self.recorded.folder),
+            "metric": self.recorded.metric,
+            "alpha": self.recorded.alpha,
+            "environment": [one._asdict() for one in self.environment],
+            "left_out": list(self.recorded.left_out),
+            "numbers": rows,
+        }
+
+
+def runs_on(found: Recorded) -> str:
+    """The devices of the recorded runs."""
+    return ", ".join(sorted({trial.tags.get("device", "unknown") for trial in found.trials}))
+
+
+def reproduce(
+    folder: Path,
+    *,
+    into: Path | None = None,
+    arms: Collection[str] = (),
+    seeds: Collection[int] = (),
+    device: str = "auto",
+    workers: int = 1,
+    other_data: str = "refused",
+    on_environment: Callable[[Recorded, list[Difference]], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    train: Train | None = None,
+) -> Reproduction:
+    """Train what is recorded in `folder` again, into `into`, and compare; see the modules beside this one.
+
+    `folder` is a study's, one of its trials', or a single run's. `arms` and `seeds` choose from a study. Every other
+    difference of the environment is told to `on_environment` and accepted; other data only with `other_data="allowed"`.
+    Raises InputError when there is nothing to train again, when the stored specs cannot be read, or for other data.
+    """
+    from dense_lab import registry
+    from dense_lab.search import search
+
+    found = recorded(folder, arms, seeds)
+    into = (into or found.folder / "reproduced" / found.key).resolve()
+    cores = threads(found.trials)
+    environment = differences(found, device, cores, registry.default())
+    if on_environment:
+        on_environment(found, environment)
+    if other_data == "refused" and (other := [one for one in environment if one.what == "data"]):
+        raise InputError(f"the data is not that of the recorded runs ({other[0]}): get it, or --allow-different-data")
+    study = _study(found, into)
+    with _threads(cores):
+        outcome = search(
+            study, into, workers=workers, device=device, mlflow_uri="none", on_progress=on_progress, train=train
+        )
+    held = Held(
+        found.metric, found.alpha, found.baseline, found.chosen, found.known, _cells(outcome.results, found.metric)
+    )
+    agreements = () if outcome.stopped else tuple(held.agreements())
+    made = Reproduction(found, into, tuple(environment), agreements, outcome.stopped)
+    write_json(into / RECORD, made.as_json())
+    return made
+
+
+def _study(found: Recorded, into: Path) -> Study:
+    """The study of the new runs; raises InputError when some of its specs are not the stored ones."""
+    import json
+
+    from dense_lab import registry
+    from dense_lab.files import write_text
+    from dense_lab.reproduce.recorded import stored_spec
+    from dense_lab.space import Study
+
+    # JSON is YAML too.
+    write_text(into / STUDY, json.dumps(found.tree(registry.default()), indent=2) + "\n")
+    study = Study.load(into / STUDY)
+    for arm, cells in found.chosen.items():
+        for seed, trial in cells.items():
+            if study.cell(arm, seed, {}, "cell").canonical() != stored_spec(trial, registry.default()).canonical():
+                raise InputError(
+                    f"{trial.folder}/spec.json differs from the other specs of {arm!r} in more than the seed"
+                )
+    return study
+
+
+def _cells(results: StudyResults, metric: str) -> Cells:
+    found: Cells = {}
+    for trial in results.having("complete"):
+        if metric in trial.metrics:
+            found.setdefault(trial.label, {})[int(trial.params["seed"])] = trial
+    return found
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Within the block workers use so many CPU threads: sums of other threads' parts round differently."""
+    name, before = "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS")
+    if count is not None:
+        os.environ[name] = str(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            os.environ.pop(name)
+            os.environ.update({} if before is None else {name: before})
