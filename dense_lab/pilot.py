@@ -99,7 +99,7 @@ def plan(results: StudyResults, effect: float | None = None, power: float | None
         "comparisons": comparisons,
         "correction": analysis.correction,
     }
-    sd, df = _together(pairs)
+    sd, df = together(pairs)
     if not df:
         raise InputError(
             f"{results.name}: two complete seeds of {ablation.baseline!r} and of another arm are needed to see how "
@@ -127,7 +127,7 @@ def _ablation(results: StudyResults) -> Ablation:
     return results.ablation
 
 
-def _together(pairs: dict[str, Pairs]) -> tuple[float, float]:
+def together(pairs: dict[str, Pairs]) -> tuple[float, float]:
     """Root mean variance of the arms' differences, and its degrees of freedom.
 
     Differences share the baseline and correlate by 1/2 where arms scatter alike, their variances by 1/4: k arms are

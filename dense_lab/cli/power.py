@@ -72,7 +72,7 @@ def _answers(plan: PowerPlan) -> list[str]:
     needed = plan.needed
     return [
         f"{needed.seeds} seeds of every arm if the scatter is {needed.sd:.3g}, as seen: {_cost(plan.cost)}",
-        f"{needed.seeds_upper} if it is {needed.sd_upper:.3g}, which it exceeds in a fifth of such pilots: "
+        f"{needed.seeds_upper} if it is {needed.sd_upper:.3g}, which it exceeds after a fifth of such pilots at most: "
         f"{_cost(plan.cost_upper)}",
     ]
 
