@@ -73,8 +73,9 @@ def rounding_once(weights: Iterable[Tensor], device: torch.device) -> Iterator[N
     if device.type == "cuda" and torch.is_autocast_enabled("cuda") and torch.is_grad_enabled():
         wide = [weight for weight in weights if weight.dtype == torch.float32]
         narrow = [torch.empty_like(weight, dtype=torch.get_autocast_dtype("cuda")) for weight in wide]
-        with torch.no_grad():
-            torch._foreach_copy_(narrow, wide)
+        if wide:
+            with torch.no_grad():
+                torch._foreach_copy_(narrow, wide)
         copies = {id(weight): copy for weight, copy in zip(wide, narrow, strict=True)}
     token = _rounded.set(copies)
     try:
