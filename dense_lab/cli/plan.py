@@ -14,7 +14,7 @@ from dense_lab.cli import options
 if TYPE_CHECKING:
     from dense_lab.planning import Plan, Row
 
-WIDE = 130
+WIDE = 110
 """Columns of a terminal from which parameters are shown by part."""
 
 
@@ -45,22 +45,23 @@ def _print(plan: Plan) -> None:
     from dense_lab.units import human
 
     console = options.console()
-    parts = ("core", "dense", "ffn", "embedding") if console.width >= WIDE else ()
-    columns: dict[str, Callable[[Row], str]] = {
-        "arm": lambda row: row.name,
-        "width": lambda row: f"{row.width}" + (f"/{row.ffn_width}" if row.ffn_width else ""),
-        "parameters": lambda row: human(row.total),
-        "outside embedding": lambda row: human(row.non_embedding),
-        **{part: functools.partial(_part, part) for part in parts},
-        "FLOPs/token": lambda row: human(row.flops_per_token),
-        "state bytes": lambda row: human(row.state_bytes),
-        "runs": lambda row: f"{row.cells}" + (f"+{row.tuning}" if row.tuning else ""),
-        "tokens": lambda row: human(row.tokens),
-        "time": lambda row: duration(row.seconds),
+    columns: dict[str, tuple[int, Callable[[Row], str]]] = {
+        "arm": (0, lambda row: row.name),
+        "width": (0, lambda row: f"{row.width}" + (f"/{row.ffn_width}" if row.ffn_width else "")),
+        "size": (0, lambda row: human(row.non_embedding)),
+        "total": (90, lambda row: human(row.total)),
+        **{part: (WIDE, functools.partial(_part, part)) for part in ("core", "dense", "ffn", "embedding")},
+        "FLOPs": (0, lambda row: human(row.flops_per_token)),
+        "state": (0, lambda row: human(row.state_bytes)),
+        "runs": (70, lambda row: f"{row.cells}" + (f"+{row.tuning}" if row.tuning else "")),
+        "tokens": (90, lambda row: human(row.tokens)),
+        "time": (0, lambda row: duration(row.seconds)),
     }
+    shown = {name: cell for name, (least, cell) in columns.items() if console.width >= least}
     title = f"{plan.name}: {plan.runs} runs on {plan.device}"
-    cells = ([column(row) for column in columns.values()] for row in plan.rows)
-    options.print_table(title, list(columns), cells, right=list(columns)[1:])
+    cells = ([cell(row) for cell in shown.values()] for row in plan.rows)
+    options.print_table(title, list(shown), cells, right=list(shown)[1:])
+    console.print("size: parameters outside embedding and head; FLOPs: per token, forward; state: bytes of a sequence")
     console.print(f"{human(plan.tokens)} tokens; {duration(plan.seconds)} one run after the other")
     console.print(f"times {plan.how}")
     for core, ran in plan.implementations.items():
