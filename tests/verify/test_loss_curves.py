@@ -43,8 +43,8 @@ def curves(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def found(curves: ModuleType) -> list:
     place = curves.choose_place("cpu", "fp32")
-    runs = [(seed, "kernels") for seed in curves.SEEDS] + [(0, "nudged"), (0, "references")]
-    return [curves.run(Text(), "mamba dense", seed, by, place, 3) for seed, by in runs]
+    plan = curves.Plan(["mamba dense"], seeds=3, twins=2, references=1)
+    return [curves.run(Text(), "mamba dense", by, start, place, 3) for by, start in plan.runs()]
 
 
 def test_kernels_train_as_references_do(curves: ModuleType, found: list, tmp_path: Path, capsys) -> None:
