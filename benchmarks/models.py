@@ -51,9 +51,9 @@ class Case(NamedTuple):
     tokens: int
 
 
-def trial(core: str | dict[str, Any], width: int = 256, depth: int = 6, span: int = 1) -> Case:
+def trial(core: str | dict[str, Any], width: int = 256, depth: int = 6, span: int = 1, sites: Any = "all") -> Case:
     """A trial of an architecture search."""
-    model = {"width": width, "depth": depth, "core": core, "dense": {"kind": "densessm", "span": span}}
+    model = {"width": width, "depth": depth, "core": core, "dense": {"span": span, "sites": sites}}
     return Case({**model, "ffn": "swiglu"}, 4096, 16, 512)
 
 
@@ -64,6 +64,9 @@ CASES = {
     "trial": trial("retnet"),
     "trial-gau": trial("gau_retnet"),
     "trial-mamba": trial("mamba"),
+    "trial-retnet-readout": trial("retnet", sites=["state_readout"]),
+    "trial-mamba-readout": trial("mamba", sites=["state_readout"]),
+    "trial-mamba-carried": trial("mamba", sites=["state_carried"]),
 }
 NEXT = {"350m-m1": ["350m-m2"], "trial": ["next-heads", "next-width", "trial-gau", "trial-mamba"]}
 OTHERS = {
