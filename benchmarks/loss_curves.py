@@ -198,9 +198,12 @@ def main() -> int:
         draw(curves, options.draw[1])
         return 0 if compare(curves) else 1
     plan = Plan(options.arms, options.seeds, options.twins, options.references)
-    curves = list(train_all(plan, options.device, options.steps, read(options.add) if options.add else []))
+    known = read(options.add) if options.add else []
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps([curve._asdict() for curve in curves]))
+    curves = []
+    for curve in train_all(plan, options.device, options.steps, known):
+        curves.append(curve)
+        options.out.write_text(json.dumps([each._asdict() for each in curves]))
     return 0 if compare(curves) else 1
 
 
