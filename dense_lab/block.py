@@ -93,8 +93,7 @@ class Block(nn.Module):
     ) -> tuple[Streams, Streams]:
         """Streams with the sources fused in, and those that later layers read."""
         declared = {stream.name: stream for stream in self.core.streams}
-        # A CPU does what costs exponentials once, for all that read a stream.
-        left = self.raw if h.is_cuda else {name for name in self.raw if declared[name].activation == "none"}
+        left = self._left_raw(h, declared)
         connected = self._streams_fused()
         streams = self.core.finished(raw, besides=left & connected.keys())
         past = {name: (raw if name in left else streams)[name] for name in self.streams_read}
@@ -110,6 +109,10 @@ class Block(nn.Module):
             if site in past:
                 past[site] = own
         return streams, past
+
+    def _left_raw(self, x: Tensor, declared: Mapping[str, Stream]) -> set[str]:
+        # A CPU does what costs exponentials once, for all that read a stream.
+        return self.raw if x.is_cuda else {name for name in self.raw if declared[name].activation == "none"}
 
     def _mix(self, h: Tensor, streams: Streams, state: State, history: Sequence[Past]) -> tuple[Tensor, State]:
         if not self.state_sites:

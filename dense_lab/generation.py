@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Decoder:
         self._products = MergedProducts() if ids.is_cuda else contextlib.nullcontext()
         with torch.no_grad():
             x, state = model.features(ids)
-            self._state = pytree.tree_map_only(Tensor, torch.clone, state)
+            self._state = _buffers(state)
             self.token = sampling.choose(model.head(x[:, -1]), self.generator)
             """[B] int64: the newest token of each sequence; overwritten by the next `advance`."""
 
@@ -99,11 +99,11 @@ class Decoder:
         with registries.default().states_reused(), self._products:
             logits, state = self.model.step(self.token, self._state)
         old, new = (pytree.tree_leaves(tree) for tree in (self._state, state))
-        moved = [(a, b) for a, b in zip(old, new, strict=True) if isinstance(a, Tensor) and a is not b]
-        for dtype in {a.dtype for a, _ in moved}:
-            # One launch for all layers; a kernel that wrote in place returned the buffer itself.
-            pairs = [(a, b) for a, b in moved if a.dtype == dtype]
-            torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
+        # A kernel that wrote in place returned the buffer itself; layers share the buffer of their position.
+        moved = {id(a): (a, b) for a, b in zip(old, new, strict=True) if isinstance(a, Tensor) and a is not b}
+        for dtype in {a.dtype for a, _ in moved.values()}:
+            pairs = [(a, b) for a, b in moved.values() if a.dtype == dtype]
+            torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])  # One launch for all layers.
         self.token.copy_(self.sampling.choose(logits, self.generator))
 
     def _record(self, stream: torch.cuda.Stream) -> None:
@@ -116,6 +116,20 @@ class Decoder:
             warnings.warn(f"decoding cannot be a CUDA graph and runs eagerly ({self.mode})", stacklevel=3)
         else:
             self._graph = graph
+
+
+def _buffers(state: Any) -> Any:
+    """The state after one pass from the start, in buffers of its own; what counts tokens (0-dimensional integers, see
+    `dense_lab.modules.State`) is one buffer for all layers."""
+    counters: list[Tensor] = []
+
+    def copy(tensor: Tensor) -> Tensor:
+        if tensor.ndim or tensor.is_floating_point():
+            return tensor.clone()
+        counters.extend([] if counters else [tensor.clone()])
+        return counters[0]
+
+    return pytree.tree_map_only(Tensor, copy, state)
 
 
 def generate(

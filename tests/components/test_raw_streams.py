@@ -58,7 +58,7 @@ def test_finished_late_or_at_once(spec: dict[str, Any], raw: set[str], monkeypat
     model = built(**spec)
     assert {name for block in model.blocks for name in block.raw} == raw
     at_once = ran(model)
-    monkeypatch.setattr(Block, "_left_raw", lambda block, _: block.raw)
+    monkeypatch.setattr(Block, "_left_raw", lambda block, *_: block.raw)
     late = ran(model)
     assert at_once.keys() == late.keys()
     for name, tensor in at_once.items():

@@ -38,6 +38,7 @@ from dense_lab_kernels._triton import (
 from dense_lab_kernels._tuned import chosen
 from dense_lab_kernels.dense_fuse.reference import Bottleneck
 from dense_lab_kernels.dense_fuse.triton_kernels import backward_kernel, forward_kernel, step_kernel
+from dense_lab_kernels.rms_norm.triton import rms_norm
 
 __all__ = ["dense_fuse", "sm90_cases", "unsupported"]
 
@@ -170,11 +171,12 @@ def _forward_launch(problem: _Problem, out: Any, inverse_rms: Any) -> Launch:
 
 
 def _backward_launch(problem: _Problem, grads: tuple[Any, Any], inverse_rms: Any, results: tuple[Any, ...]) -> Launch:
-    """grads: of the result, and of own as later layers read it."""
+    """grads: of the result, and of own as later layers read it, or None."""
     own, sources, gates, weight, options = problem
     blocks = problem.backward_blocks()
     stride = grads[0].stride(0)
     results = tuple(result or None if isinstance(result, tuple) else result for result in results)
+    grads, read = (grads[0], own if grads[1] is None else grads[1]), int(grads[1] is not None)
     streams = (*grads, own, sources, gates or None, weight, inverse_rms, *results)
     sizes = {
         "BLOCK_ROWS": blocks.rows,
@@ -183,7 +185,9 @@ def _backward_launch(problem: _Problem, grads: tuple[Any, Any], inverse_rms: Any
         "num_warps": blocks.warps,
         "maxnreg": blocks.registers,
     }
-    return Launch(backward_kernel, (*streams, stride, *problem.strides, options.scale), {**problem.flags, **sizes})
+    return Launch(
+        backward_kernel, (*streams, stride, *problem.strides, options.scale, read), {**problem.flags, **sizes}
+    )
 
 
 def _backward_like(problem: _Problem, out: Tensor, inverse_rms: Tensor | None, read: bool) -> Iterator[Launch]:
@@ -191,8 +195,7 @@ def _backward_like(problem: _Problem, out: Tensor, inverse_rms: Tensor | None, r
     out = _as_rows(out)
     d_own = out if _writes_own(problem, read) else None
     results = (d_own, problem.sources[: problem.source_gradients(read)], problem.gates, inverse_rms)
-    for own_grad in (out, None) if read else (None,):  # No layer behind the last one reads it.
-        yield _backward_launch(problem, (out, own_grad), inverse_rms, results)
+    yield _backward_launch(problem, (out, None), inverse_rms, results)
     if problem.weight is not None:
         yield sum_rows_launch(inverse_rms, problem.weight, *problem.own.shape)
 
@@ -322,31 +325,31 @@ def _is_step(own: Tensor, sources: Sequence[Tensor], gate: Bottleneck, weight: T
     given = (own, *sources, *gate, *(() if weight is None else (weight,)))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return False
-    return own.numel() <= _FEW_ROWS * own.shape[-1] and own.shape[-1] <= 8192 and gate.hidden.shape[-1] <= 256
+    return own.numel() <= _FEW_ROWS * own.shape[-1] and gate.hidden.shape[-1] <= 256
 
 
-def _step_blocks(width: int, inner: int) -> tuple[int, int, int]:
-    """Columns of a chunk, columns of the bottleneck, chunks: 32768 weights at once, 128 per thread of 8 warps."""
+def _step_blocks(inner: int) -> tuple[int, int]:
+    """Columns of a program, and of the bottleneck: 8192 weights, 64 per thread of 4 warps."""
     inner = max(power_of_2(inner), 16)
-    block = min(power_of_2(width), 32768 // inner)
-    return block, inner, cdiv(width, block)
+    return 8192 // inner, inner
 
 
 def _step(own: Tensor, sources: Sequence[Tensor], gate: Bottleneck, weight: Tensor | None, options: _Options) -> Tensor:
-    rows, hidden = _as_rows(own), _as_rows(gate.hidden)
+    """Sums in one launch, their norm in another."""
+    flat, hidden = _as_rows(own), _as_rows(gate.hidden)
     streams = tuple(map(_as_rows, sources))
-    width, inner = rows.shape[1], hidden.shape[1]
-    block, block_inner, chunks = _step_blocks(width, inner)
-    out = torch.empty(own.shape, dtype=own.dtype, device=own.device)
-    scratch = None if weight is None else torch.empty(rows.shape, dtype=torch.float32, device=own.device)
-    tensors = (rows, streams, hidden, gate.weight.contiguous(), weight, scratch, out)
-    strides = (rows.stride(0), tuple(s.stride(0) for s in streams), hidden.stride(0))
-    flags = {"ACTIVATION": options.activation, "STREAM": options.stream, "NORM": weight is not None}
-    sizes = {"CHUNKS": chunks, "BLOCK_WIDTH": block, "BLOCK_INNER": block_inner, "num_warps": 8}
+    (rows, width), inner = flat.shape, hidden.shape[1]
+    block, block_inner = _step_blocks(inner)
+    out = torch.empty(own.shape, dtype=own.dtype if weight is None else torch.float32, device=own.device)
+    strides = (flat.stride(0), tuple(s.stride(0) for s in streams), hidden.stride(0))
+    arguments = (flat, streams, hidden, gate.weight.contiguous(), out, *strides, rows, width, inner, options.scale)
+    flags = {"ACTIVATION": options.activation, "STREAM": options.stream}
+    sizes = {"BLOCK_WIDTH": block, "BLOCK_INNER": block_inner, "num_warps": 4}
     with torch.cuda.device_of(own):
-        arguments = (*tensors, *strides, width, inner, options.eps, options.scale)
-        launch(step_kernel, len(rows), arguments, {**flags, **sizes})
-    return out
+        launch(step_kernel, rows * cdiv(width, block), arguments, {**flags, **sizes})
+    if weight is None:
+        return out
+    return rms_norm(out, weight, None, activation="none", eps=options.eps, dtype=own.dtype)
 
 
 def unsupported(
@@ -378,7 +381,7 @@ def _sm90_case(
     activation: str = "silu",
     stream: str = "none",
 ) -> Sm90Case:
-    """`kind`: "forward", "backward" or "backward-read"."""
+    """`kind`: "forward" or "backward"."""
     pointer, size, absent = f"*{dtype}:16", "i32:16", "constexpr"
     n = {"none": 0, "shared": 1, "each": m}[gates]
     weight, scratch = (pointer, "*fp32:16") if norm else (absent, absent)
@@ -393,13 +396,12 @@ def _sm90_case(
     else:
         row_bytes = width * (2 + m + n) * (4 if dtype == "fp32" else 2)
         blocks, kernel = _backward_blocks(width, row_bytes, gates, stream), backward_kernel
-        read = pointer if kind == "backward-read" else absent
         d_own = pointer if norm or stream != "none" else absent
         d_sources = (pointer,) * m if stream != "none" or n > 1 else gate
         results = {"d_own": d_own, "d_sources": d_sources, "d_gates": gate, "d_weight": scratch}
-        grads = {"grad": pointer, "own_grad": read}
+        grads = {"grad": pointer, "own_grad": pointer}
         signature = {**grads, **streams, "inverse_rms": scratch, **results, "grad_stride": size, **sizes}
-        signature["scale"] = "fp32"
+        signature |= {"scale": "fp32", "read": "i32"}
         flags["STAGES"] = blocks.stages
     missing = [name for name, type_ in signature.items() if type_ == absent]
     constexprs = {**flags, "BLOCK_ROWS": blocks.rows, "BLOCK_WIDTH": blocks.width, **dict.fromkeys(missing)}
@@ -409,15 +411,14 @@ def _sm90_case(
     return Sm90Case(name, kernel, signature, constexprs, blocks.warps, 3)
 
 
-def _sm90_step(width: int, inner: int) -> Sm90Case:
-    block, block_inner, chunks = _step_blocks(width, inner)
+def _sm90_step(inner: int) -> Sm90Case:
+    block, block_inner = _step_blocks(inner)
     pointer, size = "*bf16:16", "i32:16"
-    tensors = {"own": pointer, "sources": (pointer,), "hidden": pointer, "gate_weight": pointer, "weight": pointer}
-    signature = tensors | {"scratch": "*fp32:16", "out": pointer, "own_stride": size, "source_strides": (size,)}
-    signature |= {"hidden_stride": size, "width": size, "inner": size, "eps": "fp32", "scale": "fp32"}
-    flags = {"ACTIVATION": "silu", "STREAM": "silu", "NORM": True}
-    constexprs = {**flags, "CHUNKS": chunks, "BLOCK_WIDTH": block, "BLOCK_INNER": block_inner}
-    return Sm90Case(f"step-w{width}-r{block_inner}", step_kernel, signature, constexprs, 8, 3)
+    tensors = {"own": pointer, "sources": (pointer,), "hidden": pointer, "gate_weight": pointer, "out": "*fp32:16"}
+    signature = tensors | {"own_stride": size, "source_strides": (size,), "hidden_stride": size}
+    signature |= {"rows": "i32", "width": size, "inner": size, "scale": "fp32"}
+    constexprs = {"ACTIVATION": "silu", "STREAM": "silu", "BLOCK_WIDTH": block, "BLOCK_INNER": block_inner}
+    return Sm90Case(f"step-r{block_inner}", step_kernel, signature, constexprs, 4, 3)
 
 
 def sm90_cases() -> Iterator[Sm90Case]:
@@ -430,9 +431,7 @@ def sm90_cases() -> Iterator[Sm90Case]:
         yield _sm90_case(kind, "shared", 3072, dtype="fp32")
         yield _sm90_case(kind, "shared", 3072, activation="sigmoid")
         yield _sm90_case(kind, "each", 3072, 2, norm=False)
-    for kind in ("forward", "backward", "backward-read"):
         for width, m in ((768, 1), (3072, 1), (3072, 2)):
             yield _sm90_case(kind, "shared", width, m, stream="silu")
-    yield _sm90_case("backward-read", "shared", 256)
-    for width, inner in ((256, 8), (768, 48), (3072, 48)):
-        yield _sm90_step(width, inner)
+    for inner in (8, 48):
+        yield _sm90_step(inner)

@@ -6,7 +6,9 @@ Letters: W width, m sources, R width of a gate's bottleneck.
 import triton
 import triton.language as tl
 
-from dense_lab_kernels._triton import sigmoid
+from dense_lab_kernels._triton import INTERPRETED, sigmoid
+
+_ASSEMBLY = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
@@ -17,6 +19,41 @@ def _read(pointer, stride, row, column, mask):
 @triton.jit
 def _write(pointer, width, row, column, mask, value):
     tl.store(pointer + row[:, None] * width + column[None, :], value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _closed(x):
+    """1 / sigmoid(x) up to 2^40, in four instructions."""
+    if _ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "mul.ftz.f32 $0, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 $0, $0;"  # 2 ** (-log2(e) x)
+            "min.ftz.f32 $0, $0, 0f53800000; add.ftz.f32 $0, $0, 0f3F800000;",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:  # noqa: RET505 - as in sigmoid
+        return tl.minimum(tl.exp(-x), 1099511627776.0) + 1.0
+
+
+@triton.jit
+def _inverse(x):
+    if _ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:  # noqa: RET505
+        return 1.0 / x
+
+
+@triton.jit
+def _all_silu(own, source, gate):
+    """silu(own) + silu(gate) silu(source) with one division for three: special functions bound the forward."""
+    own_closed = _closed(own)
+    closed = _closed(source) * _closed(gate)
+    return (own * closed + gate * source * own_closed) * _inverse(own_closed * closed)
 
 
 @triton.jit
@@ -68,8 +105,12 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_WIDTH)
     mask = (row < rows)[:, None] & (column < width)[None, :]
-    fused = _activate(_read(own, own_stride, row, column, mask), STREAM)
-    if GATES == "each":
+    fused = _read(own, own_stride, row, column, mask)
+    if GATES == "shared" and ACTIVATION == "silu" and STREAM == "silu" and len(sources) == 1:
+        source = _read(sources[0], source_strides[0], row, column, mask)
+        fused = _all_silu(fused, source, _read(gates[0], gate_strides[0], row, column, mask))
+    elif GATES == "each":
+        fused = _activate(fused, STREAM)
         for i in tl.static_range(len(sources)):
             gate = _activate(_read(gates[i], gate_strides[i], row, column, mask), ACTIVATION)
             fused += gate * _activate(_read(sources[i], source_strides[i], row, column, mask), STREAM)
@@ -79,7 +120,7 @@ def forward_kernel(
             total += _activate(_read(sources[i], source_strides[i], row, column, mask), STREAM)
         if GATES == "shared":
             total *= _activate(_read(gates[0], gate_strides[0], row, column, mask), ACTIVATION)
-        fused += total
+        fused = _activate(fused, STREAM) + total
     fused *= scale
     if NORM:
         inverse = 1.0 / tl.sqrt(tl.sum(fused * fused, axis=1) / width + eps)
@@ -89,10 +130,10 @@ def forward_kernel(
     _write(out, width, row, column, mask, fused)
 
 
-@triton.jit(do_not_specialize=["rows", "scale"])
+@triton.jit(do_not_specialize=["rows", "scale", "read"])
 def backward_kernel(
     grad,
-    own_grad,  # of own as later layers read it, or None
+    own_grad,  # of own as later layers read it
     own,
     sources,
     gates,
@@ -109,6 +150,7 @@ def backward_kernel(
     rows,
     width,
     scale,
+    read,  # whether there is own_grad: at run time, since the last layer has none
     GATES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     STREAM: tl.constexpr,
@@ -158,8 +200,7 @@ def backward_kernel(
         d_fused *= scale
         if d_own is not None:
             d_sum = d_fused if STREAM == "none" else d_fused * own_slope
-            if own_grad is not None:
-                d_sum += _read(own_grad, width, row, column, mask)
+            d_sum += _read(own_grad, width, row, column, (row < rows * read)[:, None] & inside[None, :])
             _write(d_own, width, row, column, mask, d_sum)
         if GATES == "shared":
             _write(d_gates[0], width, row, column, mask, d_fused * total * slope)
@@ -184,57 +225,40 @@ def backward_kernel(
         tl.store(d_weight + tl.program_id(0).to(tl.int64) * width + column, tl.sum(share, axis=0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit(do_not_specialize=["rows", "scale"])
 def step_kernel(
     own,
     sources,
     hidden,  # [rows, R]
     gate_weight,  # [W, R]
-    weight,
-    scratch,  # [rows, W], fp32
     out,
     own_stride,
     source_strides,
     hidden_stride,
+    rows,
     width,
     inner,
-    eps,
     scale,
     ACTIVATION: tl.constexpr,
     STREAM: tl.constexpr,
-    NORM: tl.constexpr,
-    CHUNKS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """A row, its gate's second map included: for few rows, where launches cost more than work."""
-    row = tl.program_id(0).to(tl.int64)
+    """Some columns of one row, the gate's second map included, no norm: for few rows, where launches cost more than
+    work, and the weight must reach many processors."""
+    row = (tl.program_id(0) % rows).to(tl.int64)
+    column = (tl.program_id(0) // rows) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     place = tl.arange(0, BLOCK_INNER)
+    inside = column < width
+    mask = inside[:, None] & (place < inner)[None, :]
+    wide = tl.load(gate_weight + column[:, None] * inner + place[None, :], mask=mask, other=0.0)
     narrow = tl.load(hidden + row * hidden_stride + place, mask=place < inner, other=0.0).to(tl.float32)
+    fused = _activate(tl.load(own + row * own_stride + column, mask=inside, other=0.0).to(tl.float32), STREAM)
+    total = tl.zeros([BLOCK_WIDTH], tl.float32)
+    for i in tl.static_range(len(sources)):
+        source = tl.load(sources[i] + row * source_strides[i] + column, mask=inside, other=0.0)
+        total += _activate(source.to(tl.float32), STREAM)
     narrow *= sigmoid(narrow)
-    squares = tl.zeros([BLOCK_WIDTH], tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        column = chunk * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-        inside = column < width
-        mask = inside[:, None] & (place < inner)[None, :]
-        wide = tl.load(gate_weight + column[:, None] * inner + place[None, :], mask=mask, other=0.0)
-        gate = _activate(tl.sum(wide.to(tl.float32) * narrow[None, :], axis=1), ACTIVATION)
-        fused = _activate(tl.load(own + row * own_stride + column, mask=inside, other=0.0).to(tl.float32), STREAM)
-        for i in tl.static_range(len(sources)):
-            source = tl.load(sources[i] + row * source_strides[i] + column, mask=inside, other=0.0)
-            fused += gate * _activate(source.to(tl.float32), STREAM)
-        fused = tl.where(inside, fused * scale, 0.0)
-        squares += fused * fused
-        if NORM:
-            tl.store(scratch + row * width + column, fused, mask=inside)
-        else:
-            tl.store(out + row * width + column, fused.to(out.dtype.element_ty), mask=inside)
-    if NORM:
-        inverse = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / width + eps)
-        tl.debug_barrier()  # other threads' parts of the scratch are read
-        for chunk in tl.static_range(CHUNKS):
-            column = chunk * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-            inside = column < width
-            factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-            fused = tl.load(scratch + row * width + column, mask=inside, other=0.0) * inverse * factor
-            tl.store(out + row * width + column, fused.to(out.dtype.element_ty), mask=inside)
+    gate = tl.sum(wide.to(tl.float32) * narrow[None, :], axis=1)
+    fused += _activate(gate, ACTIVATION) * total
+    tl.store(out + row * width + column, (fused * scale).to(out.dtype.element_ty), mask=inside)
