@@ -11,7 +11,7 @@ from dense_lab.cli import options
 
 if TYPE_CHECKING:
     from dense_lab.study import RunSpec
-    from dense_lab.verification import Finding
+    from dense_lab.verdicts import Finding
 
 EVERYTHING = (
     ("model.core", "{choice: installed}"),
