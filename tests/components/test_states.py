@@ -203,6 +203,18 @@ def test_layers_of_another_family_are_passed_over() -> None:
     assert relative_difference(torch.cat(logits, 1), model(ids)) < ROUNDING
 
 
+def test_a_projection_may_change_the_width_of_what_is_read() -> None:
+    projected = {"state_readout": {"projection": "linear"}}
+    cores = ("mamba", {"kind": "mamba", "expand": 1.0})
+    model = hybrid(*cores, sites=["u", "state_readout"], site_transitions={**projected, "u": {"projection": "linear"}})
+    assert model.blocks[1].dense["state_readout"].transition.projections[0].weight.shape == (WIDTH, 2 * WIDTH)
+    ids = tokens()
+    first = model.run(ids[:, :4])
+    assert relative_difference(model.run(ids[:, 4:], first.state).logits, model(ids)[:, 4:]) < ROUNDING
+    with pytest.raises(InputError, match="cannot map a source of width 32 to 16"):
+        hybrid(*cores, sites=["state_readout"])
+
+
 def test_an_unfused_layer_is_read_without_extra_state() -> None:
     """Only the middle layer is `carried`; the last reads both by `readout`."""
     blocks = [
