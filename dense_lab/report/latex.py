@@ -87,6 +87,8 @@ def _environment(given: Table, study: str, rows: Iterable[tuple[str | Cell, ...]
     return "\n".join(
         [
             r"\begin{table}[htbp]",
+            # The caption stands above, where classes leave no room below it.
+            r"\setlength{\belowcaptionskip}{4pt}",
             rf"\centering\footnotesize\caption{{{escaped(title + note)}}}\label{{{label}}}",
             r"\setlength{\tabcolsep}{4pt}",
             # A table that is narrower than the line keeps its size.

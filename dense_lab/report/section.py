@@ -119,8 +119,8 @@ def ablation_summary(ablated: Ablated) -> str:
 def overview(sections: list[Section]) -> Table:
     """A row for each study."""
     rows = [_overview_row(one) for one in sections]
-    columns = ("study", "what", "cells", *KINDS, "largest gain", "fair")
-    return Table("All studies", columns, tuple(rows), name="overview", left=2)
+    columns = ("study", "what", "fair", "cells", *KINDS, "largest gain")
+    return Table("All studies", columns, tuple(rows), name="overview", left=3)
 
 
 def _overview_row(one: Section) -> tuple[str | Cell, ...]:
@@ -132,7 +132,7 @@ def _overview_row(one: Section) -> tuple[str | Cell, ...]:
         metric = results.goals[0].metric
         found = f"best {tables.metric_text(metric, best.metrics[metric])}" if best else "–"
         done = f"{len(results.having('complete'))} of {results.total}"
-        return (results.name, f"search, {metric}", done, *("–" for _ in KINDS), found, "–")
+        return (results.name, f"search, {metric}", "–", done, *("–" for _ in KINDS), found)
     counts = [str(sum(verdict.verdict == kind for _, verdict in ablated.judged)) for kind in KINDS]
     done = f"{sum(len(a.cells) for a in ablated.arms)} of {sum(ablated.planned(a) for a in ablated.arms)}"
     gains = [(arm, verdict) for arm, verdict in ablated.judged if verdict.verdict == "better"]
@@ -143,7 +143,7 @@ def _overview_row(one: Section) -> tuple[str | Cell, ...]:
         ends = interval(ablated.metric, verdict.t_interval, signed)
         gain = f"{arm.name} {signed(ablated.metric, verdict.difference)} {ends}"
     fair = "–" if ablated.certificate is None else "FAIR" if ablated.certificate.fair else "not fair"
-    return (results.name, f"{ablated.metric} against {ablated.baseline.name}", done, *counts, gain, fair)
+    return (results.name, f"{ablated.metric} against {ablated.baseline.name}", fair, done, *counts, gain)
 
 
 def _arms_csv(ablated: Ablated) -> str:

@@ -125,6 +125,11 @@ def troubles(results: StudyResults) -> Table:
     return Table("Pruned, failed and interrupted trials", ("trial", "state", "why"), rows, name="troubles", left=3)
 
 
+def _natural(text: str) -> tuple[int, str]:
+    """Whole numbers by size, anything else by letter."""
+    return (int(text), "") if text.isdecimal() else (0, text)
+
+
 def provenance(results: StudyResults) -> Table:
     """What a reader needs to repeat the study."""
     trials = results.having("complete")
@@ -132,7 +137,7 @@ def provenance(results: StudyResults) -> Table:
     if results.ablation is None:
         rows += [("search", ", ".join(f"{k} {v}" for k, v in results.search.items() if k != "objective"))]
         rows += [("objective", ", ".join(f"{g.direction} {g.metric}" for g in results.goals))]
-    found = {name: sorted({t.tags[name] for t in trials if name in t.tags}) for name in RECORDED}
+    found = {name: sorted({t.tags[name] for t in trials if name in t.tags}, key=_natural) for name in RECORDED}
     found["dense-lab"] = [str(results.manifest["dense_lab"])] if "dense_lab" in results.manifest else []
     dates = [time for t in trials for time in (t.started, t.ended) if time]
     found["date"] = [f"{min(dates):%Y-%m-%d %H:%M} to {max(dates):%Y-%m-%d %H:%M} UTC"] if dates else []

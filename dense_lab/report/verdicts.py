@@ -20,6 +20,8 @@ COSTS = (
     ("peak_memory_bytes", "peak memory, bytes"),
 )
 """Metrics of the table of costs, and what its columns are called."""
+SPEEDS = {"train_tokens_per_second": "training tokens/s", "decode_tokens_per_second": "decoding tokens/s"}
+"""Metrics of the overhead that are timed."""
 CORRECTIONS = {
     "holm": "p adjusted by Holm",
     "dunnett": "p and intervals simultaneous (Dunnett)",
@@ -158,19 +160,28 @@ def overhead_table(ablated: Ablated) -> Table:
     """What each dense arm costs against its own twin without dense connections, at equal widths."""
     rows = ablated.overhead
     kinds = list(dict.fromkeys(str(row["metric"]) for row in rows))
-    where = list(dict.fromkeys((row["arm"], row["twin"], _conditions(row)) for row in rows))
-    found = {(row["arm"], row["twin"], _conditions(row), row["metric"]): row for row in rows}
-    body = tuple((*map(str, place), *(_ratio(found.get((*place, kind))) for kind in kinds)) for place in where)
-    note = "Change against the same model without dense connections, at equal widths; in brackets the interval."
-    return Table(
-        "Overhead of the dense connections", ("arm", "twin", "measured", *kinds), body, note, name="overhead", left=3
+    found = {(row["arm"], row["twin"], row["metric"]): row for row in rows}
+    body = tuple(
+        (arm, twin, *(_ratio(found.get((arm, twin, kind))) for kind in kinds))
+        for arm, twin in dict.fromkeys((str(row["arm"]), str(row["twin"])) for row in rows)
     )
+    conditions: dict[str, list[str]] = {}
+    for row in rows:
+        if row["metric"] in SPEEDS and SPEEDS[row["metric"]] not in conditions.setdefault(_conditions(row), []):
+            conditions[_conditions(row)].append(SPEEDS[row["metric"]])
+    timed = "; ".join(f"{' and '.join(kind)}: {how}" for how, kind in conditions.items())
+    note = (
+        "Change against the same model without dense connections, at equal widths; speeds as the median over "
+        f"interleaved rounds, in brackets the 10th and the 90th percentile of single rounds. {timed}"
+    )
+    heads = {**dict(COSTS), **SPEEDS}
+    columns = ("arm", "twin", *(heads.get(kind, kind) for kind in kinds))
+    return Table("Overhead of the dense connections", columns, body, note, name="overhead", left=2)
 
 
 def _conditions(row: dict[str, Any]) -> str:
     words = [str(row[key]) for key in ("device", "dtype") if row.get(key)]
-    words += [f"{key} {row[key]}" for key in ("batch", "seq_len", "rounds") if row.get(key)]
-    return ", ".join(words)
+    return ", ".join([*words, *(f"{key} {row[key]}" for key in ("batch", "seq_len", "rounds") if row.get(key))])
 
 
 def _ratio(row: dict[str, Any] | None) -> str:

@@ -6,10 +6,8 @@ import subprocess
 
 import pytest
 
-from dense_lab.report import latex, write_report
+from dense_lab.report import latex
 from dense_lab.report.table import Cell, Table
-from dense_lab.results import read_study
-from tests.report import studies
 
 
 @pytest.mark.parametrize(
@@ -62,16 +60,14 @@ def test_a_bracket_at_the_start_of_a_row_is_no_argument():
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs LaTeX: apt-get install texlive-latex-extra")
-def test_the_document_of_several_studies_compiles(tmp_path):
-    found = [read_study(studies.small(tmp_path / "small")), read_study(studies.factorial(tmp_path / "factorial"))]
-    files = write_report(found, tmp_path / "both")
+def test_the_document_of_several_studies_compiles(both):
     # The oldest font encoding too: a table may be put into a document that says nothing of fonts.
     head = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}"
     bare = head + r"\input{small/verdicts.tex}\end{document}"
-    (files.latex.parent / "bare.tex").write_text(bare)
-    for name in (files.latex.name, "bare.tex"):
+    (both.latex.parent / "bare.tex").write_text(bare)
+    for name in (both.latex.name, "bare.tex"):
         command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", name]
-        done = subprocess.run(command, cwd=files.latex.parent, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, cwd=both.latex.parent, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout[-2000:]
         assert "Overfull \\hbox" not in done.stdout
-        assert (files.latex.parent / name).with_suffix(".pdf").exists()
+        assert (both.latex.parent / name).with_suffix(".pdf").exists()

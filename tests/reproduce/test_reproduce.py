@@ -34,10 +34,20 @@ OPTIONS = {"device": "cpu", "other_data": "allowed"}
 
 
 @pytest.fixture
-def finished(tmp_path):
-    here = Here(study(tmp_path, ABLATION), tmp_path / "runs" / "s", fakes.steady)
-    here.run()
-    return here.folder
+def finished(tmp_path, here):
+    made = Here(study(tmp_path, ABLATION), tmp_path / "runs" / "s", fakes.steady)
+    made.run()
+    return made.folder
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The new runs are trained by this process: none is started."""
+
+    def search(study, folder, *, train=None, **options):
+        return Here(study, folder, train).run()
+
+    monkeypatch.setattr("dense_lab.search.search", search)
 
 
 def outcomes(made):
@@ -112,7 +122,7 @@ def test_other_data_is_refused_unless_it_is_allowed(finished):
     assert next(one for one in found if one.what == "data").recorded == fakes.DATA
 
 
-def test_a_single_run_has_no_spread(tmp_path):
+def test_a_single_run_has_no_spread(tmp_path, here):
     spec = study(tmp_path, ABLATION).cell("plain", 0)
     fakes.steady(spec, tmp_path / "runs" / "alone" / "single")
     folder = tmp_path / "runs" / "alone" / "single"
@@ -125,9 +135,9 @@ def test_a_single_run_has_no_spread(tmp_path):
 
 def test_trials_of_a_search_are_compared_one_by_one(tmp_path):
     text = HEAD + "train: {tokens: 1000}\nmodel: {width: {choice: [16, 24]}}\n"
-    here = Here(study(tmp_path, text, "sampler: grid"), tmp_path / "runs" / "s", fakes.steady)
-    here.run()
-    found = recorded(here.folder)
+    made = Here(study(tmp_path, text, "sampler: grid"), tmp_path / "runs" / "s", fakes.steady)
+    made.run()
+    found = recorded(made.folder)
     assert sorted(found.chosen) == ["trial 0", "trial 1"]
     assert found.metric == "valid/loss"
 
@@ -194,17 +204,17 @@ def test_the_command_says_what_it_found_and_ends_accordingly(tmp_path):
     from dense_lab.cli.report import command as report
     from dense_lab.cli.reproduce import command
 
-    here = Here(study(tmp_path, ABLATION), tmp_path / "runs" / "s", None)
-    here.run()
-    done = CliRunner().invoke(report, [str(here.folder)], catch_exceptions=False)
+    made = Here(study(tmp_path, ABLATION), tmp_path / "runs" / "s", None)
+    made.run()
+    done = CliRunner().invoke(report, [str(made.folder)], catch_exceptions=False)
     assert "6 of 6 cells complete" in done.output
     assert "FAIR" in done.output
-    trial = here.folder / "trials" / "0003"
+    trial = made.folder / "trials" / "0003"
     done = CliRunner().invoke(command, [str(trial), "--device", "cpu"], catch_exceptions=False)
     assert "reproduced: 1 of 1 runs bit for bit" in done.output
     assert done.exit_code == 0
     for number in (1, 3, 5):
-        path = here.folder / "trials" / f"{number:04d}" / "result.json"
+        path = made.folder / "trials" / f"{number:04d}" / "result.json"
         stored = read_json(path)
         stored["metrics"]["test/loss"] += 100
         write_json(path, stored)
