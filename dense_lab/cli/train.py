@@ -10,6 +10,7 @@ import click
 from dense_lab.cli import options
 
 if TYPE_CHECKING:
+    from dense_lab.space import Study
     from dense_lab.training import Evaluation
 
 
@@ -34,14 +35,8 @@ def command(
 
     Open values must be closed with --set. Use `search` for studies.
     """
-    from dense_lab.errors import InputError
-
     loaded = options.load_study(study, overrides)
-    if loaded.ablation:
-        raise InputError(f"{study} is an ablation of {len(loaded.arms())} arms: `dense-lab search` trains its cells")
-    if loaded.space:
-        paths = ", ".join(parameter.path for parameter in loaded.space)
-        raise InputError(f"{study} leaves these open: {paths}. Close them with --set PATH=VALUE, or use `search`")
+    _check_single(study, loaded)
     spec = loaded.point({})
     from dense_lab.training import train
     from dense_lab.units import human
@@ -65,3 +60,13 @@ def command(
         return
     rows = ((name, f"{value:.6g}") for name, value in sorted(result.metrics.items()))
     options.print_table(f"{loaded.name} on {result.tags['device']}", ("metric", "value"), rows, right=("value",))
+
+
+def _check_single(path: Path, study: Study) -> None:
+    from dense_lab.errors import InputError
+
+    if study.ablation:
+        raise InputError(f"{path} is an ablation of {len(study.arms())} arms: `dense-lab search` trains its cells")
+    if study.space:
+        paths = ", ".join(parameter.path for parameter in study.space)
+        raise InputError(f"{path} leaves these open: {paths}. Close them with --set PATH=VALUE, or use `search`")
