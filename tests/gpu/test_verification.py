@@ -47,7 +47,7 @@ def test_a_planted_wrong_gradient_is_refused_by_name(monkeypatch: pytest.MonkeyP
     from dense_lab_kernels.decay_attention import triton
 
     class Larger(torch.autograd.Function):
-        """The identity, whose gradient is 3 % too large: two and a half units of bfloat16."""
+        """The identity, whose gradient is a tenth too large."""
 
         @staticmethod
         def forward(ctx, x):
@@ -55,7 +55,7 @@ def test_a_planted_wrong_gradient_is_refused_by_name(monkeypatch: pytest.MonkeyP
 
         @staticmethod
         def backward(ctx, grad):
-            return grad * 1.03
+            return grad * 1.1
 
     right = triton.decay_attention
     monkeypatch.setattr(triton, "decay_attention", lambda q, k, v, g, **rest: right(q, Larger.apply(k), v, g, **rest))
