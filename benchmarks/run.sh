@@ -12,6 +12,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".:kernels:plugins${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "no GPU here"; exit 3; }
 out=${OUT:-runs/bench}
 mkdir -p "$out"
 failed=()
