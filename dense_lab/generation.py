@@ -1,4 +1,4 @@
-"""Decoding: the prompt in one chunkwise pass, then one token at a time from a state of constant size.
+"""Decoding: the prompt in one chunkwise pass (`prefill`), then one token at a time from a state of constant size.
 
 On a GPU the single-token step is recorded as a CUDA graph over static buffers that hold the state, which kernels update
 in place; a replay costs one launch. Linear maps of one tensor become one product there, on a copy of their weights.
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from dense_lab import registry as registries
 from dense_lab.errors import InputError
 from dense_lab.model import LanguageModel
+from dense_lab.prefill import prefill
 from dense_lab.recording import MergedProducts, recorded
 
 _WARM_UP = 2
@@ -67,9 +68,9 @@ class Decoder:
         self._stream = torch.cuda.Stream(ids.device) if ids.is_cuda else None
         self._products = MergedProducts() if ids.is_cuda else contextlib.nullcontext()
         with torch.no_grad():
-            x, state = model.features(ids)
+            logits, state = prefill(model, ids)
             self._state = _buffers(state)
-            self.token = sampling.choose(model.head(x[:, -1]), self.generator)
+            self.token = sampling.choose(logits, self.generator)
             """[B] int64: the newest token of each sequence; overwritten by the next `advance`."""
 
     def advance(self) -> Tensor:

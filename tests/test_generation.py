@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from dense_lab.errors import InputError
 from dense_lab.generation import Sampling, generate
 from dense_lab.model import LanguageModel, ModelSpec
+from dense_lab.prefill import prefill
 from dense_lab.recording import MergedProducts
 
 CORES = ["retnet", "gau_retnet", "mamba"]
@@ -39,6 +40,30 @@ def test_greedy_tokens_are_those_of_whole_passes(core: str, device: str) -> None
     # float32: a step and a pass may differ by rounding, so a token must be within that of the largest logit.
     chosen = logits.gather(-1, tokens[..., None])[..., 0]
     assert (logits.max(-1).values - chosen).max() < 1e-4 * logits.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("core", CORES)
+def test_a_recorded_prompt_is_the_eager_one_and_sees_new_weights(core: str) -> None:
+    model = build(core, "cuda").eval()
+    first, other = prompt("cuda"), prompt("cuda").flip(1)
+
+    def run(ids: torch.Tensor) -> list[torch.Tensor]:
+        logits, state = prefill(model, ids)
+        return [logits.clone(), *(t.clone() for t in torch.utils._pytree.tree_leaves(state))]
+
+    def passed(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids)[:, -1]
+
+    results = [run(ids) for ids in (first, other, first, other)]  # Eager, then recorded.
+    for early, late in ((results[0], results[2]), (results[1], results[3])):
+        for one, another in zip(early, late, strict=True):
+            assert torch.equal(one, another)
+    model.embedding.weight.data.mul_(1.5)
+    torch.testing.assert_close(run(first)[0], passed(first), rtol=1e-4, atol=1e-4)
+    model.double()  # Other weights in other places: nothing recorded fits.
+    torch.testing.assert_close(run(first)[0], passed(first))
 
 
 @pytest.mark.parametrize("core", CORES)
