@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -64,29 +66,34 @@ def command(
     """
     loaded = options.load_study(study, overrides)
     loaded.check_sizes()
-    from dense_lab.cli.live import Display
     from dense_lab.search import search
     from dense_lab.verification import ensure
 
     ensure((loaded.point(point) for point in loaded.covering()), device, allow)
+    folder = runs / loaded.name
+    go = functools.partial(
+        search,
+        loaded,
+        folder,
+        workers=workers,
+        storage=storage,
+        device=device,
+        trials=trials,
+        mlflow_uri=mlflow_uri,
+        reuse=[options.study_folder(other, runs) for other in reuse],
+        max_seeds=max_seeds if until == "decided" else None,
+    )
+    _run(go, loaded, folder, workers, as_json)
+
+
+def _run(go: Callable[..., Outcome], study: Study, folder: Path, workers: int, as_json: bool) -> None:
+    from dense_lab.cli.live import Display
 
     console = options.console()
-    folder = runs / loaded.name
     if not as_json:
-        console.print(f"{loaded.name}: {_what(loaded)}, {workers} workers, into {folder}")
-    with Display(console, loaded.search.objective[0].metric) as display:
-        outcome = search(
-            loaded,
-            folder,
-            workers=workers,
-            storage=storage,
-            device=device,
-            trials=trials,
-            mlflow_uri=mlflow_uri,
-            on_progress=None if as_json else display.update,
-            reuse=[options.study_folder(other, runs) for other in reuse],
-            max_seeds=max_seeds if until == "decided" else None,
-        )
+        console.print(f"{study.name}: {_what(study)}, {workers} workers, into {folder}")
+    with Display(console, study.search.objective[0].metric) as display:
+        outcome = go(on_progress=None if as_json else display.update)
     _tell(outcome, folder, as_json)
     if outcome.exit_code:
         raise click.exceptions.Exit(outcome.exit_code)

@@ -60,13 +60,21 @@ class Options:
     """What a call of `search` says besides the study and its folder."""
 
     workers: int = 1
+    """Processes, which share the machine's cores and GPUs."""
     storage: str | None = None
+    """URL of a database that other machines share; by default SQLite in the folder."""
     device: str = "auto"
     trials: int | None = None
+    """In all, resumed ones included; by default what the study says."""
     mlflow_uri: str | None = None
+    """Tracking URI, `none`, or by default a database in the folder."""
     train: Train | None = None
+    """Instead of `dense_lab.training.train`; it has to be importable."""
     reuse: tuple[Path, ...] = ()
+    """Folders of other studies: a finished trial of theirs is taken over where this study has the very same spec in
+    the same role."""
     max_seeds: int | None = None
+    """Arms that are undecided after the study's seeds get more, up to so many; see `dense_lab.search.looking`."""
 
 
 def search(
@@ -85,13 +93,7 @@ def search(
 ) -> Outcome:
     """Run `study` in `folder`, or go on with it, until it has all its trials; a complete study trains nothing.
 
-    `workers` processes share the machine's cores and GPUs. `storage` is the URL of a database that other machines
-    share; the default is SQLite in the folder. `trials` is their number in all, resumed ones included; by default what
-    the study says. `mlflow_uri` is a tracking URI, `none`, or by default a database in the folder. `on_progress` is
-    called about four times a second. `train` replaces `dense_lab.training.train`; it has to be importable.
-    `reuse` names folders of other studies: a trial of theirs that has finished is taken over where this study has the
-    very same spec in the same role. With `max_seeds`, arms that are undecided after the study's seeds get more, up to
-    so many, see `dense_lab.statistics.sequential`.
+    See `Options` for what may be said besides; `on_progress` is called about four times a second.
 
     Ctrl-C once leaves the running trials to be run again; twice does so at once. Raises InputError when the folder
     holds another study or the data cannot be prepared, MachineError when the machine, the storage or another search of

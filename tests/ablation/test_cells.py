@@ -15,6 +15,7 @@ from tests.search.fakes import calls
 from tests.search.helpers import Here
 
 TUNED = ARMS + "tune: {lr: [1e-5, 1e-3, 1e-2], weight_decay: [0, 0.1], tokens: 1k}\n"
+SMALL = ARMS + "tune: {lr: [1e-5, 1e-3], tokens: 1k}\n"
 
 
 def said(results):
@@ -141,21 +142,21 @@ def test_the_edges_of_a_grid():
 
 
 def test_what_another_study_has_trained_is_taken_over(tmp_path):
-    first = run(tmp_path, text=TUNED, folder="first").results
+    first = run(tmp_path, text=SMALL, folder="first").results
     deep = ("  mamba: {model.core: mamba, model.core.state: 8}", "  deep: {model.core: retnet, model.depth: 3}")
-    results = run(tmp_path, deep, text=TUNED, folder="second", reuse=(tmp_path / "first",)).results
+    results = run(tmp_path, deep, text=SMALL, folder="second", reuse=(tmp_path / "first",)).results
     assert results.complete
     taken = [t for t in results.trials if "reused_from" in t.tags]
     assert Counter((t.role, t.label) for t in taken) == {
-        ("tune", "plain"): 6, ("tune", "span-1"): 6, ("cell", "plain"): 2, ("cell", "span-1"): 2
+        ("tune", "plain"): 2, ("tune", "span-1"): 2, ("cell", "plain"): 2, ("cell", "span-1"): 2
     }  # fmt: skip
-    assert len(calls(tmp_path / "second")) == 6 + 2
+    assert len(calls(tmp_path / "second")) == 2 + 2
     for trial in taken:
         origin = (trial.folder.parent.parent / trial.tags["reused_from"]).resolve()
         source = next(t for t in first.trials if t.folder.resolve() == origin)
         assert (source.metrics, source.curve, source.digest) == (trial.metrics, trial.curve, trial.digest)
         assert (source.started, source.ended) == (trial.started, trial.ended)
-    other = run(tmp_path, ("tokens: 4k", "tokens: 5k"), text=TUNED, folder="third", reuse=(tmp_path / "first",)).results
+    other = run(tmp_path, ("tokens: 4k", "tokens: 5k"), text=SMALL, folder="third", reuse=(tmp_path / "first",)).results
     assert {t.role for t in other.trials if "reused_from" in t.tags} == {"tune"}
 
 
@@ -176,14 +177,14 @@ def test_seeds_are_added_to_undecided_arms_only(tmp_path):
         "seeds: 2", "seeds: 4"
     )
     space = study(tmp_path, text)
-    outcome = search(space, tmp_path / "s", train=train, mlflow_uri="none", max_seeds=6)
+    outcome = search(space, tmp_path / "s", train=train, mlflow_uri="none", max_seeds=5)
     found = {arm: sorted(values) for arm, values in cells(outcome.results, "test/loss").items()}
     assert found["mamba"] == [0, 1, 2, 3]
-    assert found["plain"] == found["span-1"] == [0, 1, 2, 3, 4, 5]
-    assert outcome.results.ablation.looks == (4, 6)
+    assert found["plain"] == found["span-1"] == [0, 1, 2, 3, 4]
+    assert outcome.results.ablation.looks == (4, 5)
     assert outcome.results.complete
-    again = search(space, tmp_path / "s", train=train, mlflow_uri="none", max_seeds=6)
-    assert again.message == "complete already: 16 trials; nothing was trained"
-    with pytest.raises(InputError, match="looked at after 4 to 6 seeds"):
-        search(space, tmp_path / "s", train=train, mlflow_uri="none", max_seeds=7)
-    assert read_study(tmp_path / "s").total == 16
+    again = search(space, tmp_path / "s", train=train, mlflow_uri="none", max_seeds=5)
+    assert again.message == "complete already: 14 trials; nothing was trained"
+    with pytest.raises(InputError, match="looked at after 4 to 5 seeds"):
+        search(space, tmp_path / "s", train=train, mlflow_uri="none", max_seeds=6)
+    assert read_study(tmp_path / "s").total == 14

@@ -17,13 +17,13 @@ dense_lab: 1
 name: s
 data: {kind: mqar, seq_len: 32, vocab: 64, pairs: 2}
 model: {width: 16, depth: 2, core: {choice: [retnet, mamba]}, dropout: 10%}
-train: {tokens: 12k, batch_tokens: 128, evaluations: 6, valid_tokens: 256, test_tokens: 512, checkpoints: 3}
+train: {tokens: 6k, batch_tokens: 128, evaluations: 6, valid_tokens: 256, test_tokens: 512, checkpoints: 3}
 arms:
   retnet: {model.core: retnet, model.dense.span: 1}
   mamba: {model.core: mamba}
 baseline: retnet
 seeds: 2
-tune: {lr: [1e-3, 1e-2], tokens: 2k}
+tune: {lr: [1e-3, 1e-2], tokens: 512}
 """
 CLOCKS = ("seconds", "tokens_per_second", "step_seconds")
 
