@@ -88,7 +88,7 @@ def _solved(model_json: str, budget: BudgetSpec, vocabulary: int) -> Fit:
             return None
 
     tried: list[Fit] = []
-    for fit in _candidates(model, budget, size):
+    for fit in _candidates(model, budget, size, _guess(model, budget, vocabulary)):
         if abs(fit.size - budget.amount) <= budget.tolerance * budget.amount:
             return fit
         tried.append(fit)
@@ -97,6 +97,17 @@ def _solved(model_json: str, budget: BudgetSpec, vocabulary: int) -> Fit:
         _size(_sized(model, _GUESS, None), budget, vocabulary)
         raise InputError(f"no width from {_GUESS} to {_GUESS + _SCAN} fits this architecture")
     raise InputError(_refusal(budget, tried))
+
+
+def _guess(model: ModelSpec, budget: BudgetSpec, vocabulary: int) -> int:
+    """A width to start from: without dense connections, where many architectures are alike, it is nearly the same."""
+    plain = model.without_dense()
+    if plain == model:
+        return _GUESS
+    try:
+        return _solved(plain.model_dump_json(), budget, vocabulary).width
+    except InputError:
+        return _GUESS
 
 
 def _refusal(budget: BudgetSpec, tried: Iterable[Fit]) -> str:
@@ -111,7 +122,9 @@ def _refusal(budget: BudgetSpec, tried: Iterable[Fit]) -> str:
     )
 
 
-def _candidates(model: ModelSpec, budget: BudgetSpec, size: Callable[[int, int | None], float | None]) -> Iterator[Fit]:
+def _candidates(
+    model: ModelSpec, budget: BudgetSpec, size: Callable[[int, int | None], float | None], guess: int
+) -> Iterator[Fit]:
     """Sizes to be tried, best first; those nearest to the budget are among them."""
     has_hidden = any(_hidden_field(ffn) for ffn in _feed_forwards(model))
     if "width" not in budget.solve:
@@ -119,7 +132,7 @@ def _candidates(model: ModelSpec, budget: BudgetSpec, size: Callable[[int, int |
             raise InputError("`solve: ffn` needs a feed-forward layer with a width of its own, and the model has none")
         yield from _hidden_fits(model.width, size, budget.amount, None)
         return
-    line = _Line(lambda width: size(width, None), budget.amount, _GUESS)
+    line = _Line(lambda width: size(width, None), budget.amount, guess, 2.0)
     if "ffn" not in budget.solve or not has_hidden:
         yield from (Fit(width, None, line.at(width)) for width in line.nearest())
         return
@@ -140,15 +153,18 @@ def _candidates(model: ModelSpec, budget: BudgetSpec, size: Callable[[int, int |
 def _hidden_fits(
     width: int, size: Callable[[int, int | None], float | None], amount: int, most: int | None
 ) -> Iterator[Fit]:
-    line = _Line(lambda hidden: size(width, hidden), amount, 2 * width, most)
+    line = _Line(lambda hidden: size(width, hidden), amount, 2 * width, 0.5, most)
     yield from (Fit(width, hidden, line.at(hidden)) for hidden in line.nearest())
 
 
 class _Line:
     """Sizes along one unknown, of which some values are not accepted."""
 
-    def __init__(self, size: Callable[[int], float | None], target: int, guess: int, most: int | None = None) -> None:
-        self._size, self._target, self._guess, self._most = size, target, guess, most or math.inf
+    def __init__(
+        self, size: Callable[[int], float | None], target: int, guess: int, power: float, most: int | None = None
+    ) -> None:
+        """The size grows about as this power of the unknown; guesses save time and change nothing else."""
+        self._size, self._target, self._guess, self._power, self._most = size, target, guess, power, most or math.inf
 
     def at(self, x: int) -> float:
         """The size at a value that is accepted."""
@@ -183,7 +199,7 @@ class _Line:
     def _approach(self, factor: int) -> list[int]:
         """A few values that come closer, by the power law through the last two."""
         seen: list[int] = []
-        x, power = self._near(self._guess, factor), 2.0
+        x, power = self._near(self._guess, factor), self._power
         while x and x not in seen and len(seen) < 8:
             seen.append(x)
             if len(seen) > 1 and self.at(seen[-2]) != self.at(x):

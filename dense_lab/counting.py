@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,8 +54,8 @@ def parameters_by_part(spec: ModelSpec, vocab_size: int) -> dict[str, int]:
     """Number of parameters of each of PARTS; raises InputError when the model cannot be built."""
     table = vocab_size * spec.width
     mixers, blocks = _built(spec)
-    ffn = sum(_tally(block.ffn).parameters for block in blocks)
-    norm = sum(_tally(block.norm).parameters + _tally(block.ffn_norm).parameters for block in blocks)
+    ffn = sum(n * _tally(block.ffn).parameters for block, n in blocks)
+    norm = sum(n * (_tally(block.norm).parameters + _tally(block.ffn_norm).parameters) for block, n in blocks)
     head = table if spec.head == "untied" else 0
     sizes = (table, mixers.core, mixers.dense, ffn, norm + spec.width, head)
     return dict(zip(PARTS, sizes, strict=True))
@@ -64,7 +64,7 @@ def parameters_by_part(spec: ModelSpec, vocab_size: int) -> dict[str, int]:
 def flops_per_token(spec: ModelSpec, vocab_size: int) -> float:
     """See `Counts`; raises InputError when the model cannot be built."""
     mixers, blocks = _built(spec)
-    linear = vocab_size * spec.width + mixers.linear + sum(_tally(block.ffn).linear for block in blocks)
+    linear = vocab_size * spec.width + mixers.linear + sum(n * _tally(block.ffn).linear for block, n in blocks)
     return 2.0 * linear + mixers.recurrences
 
 
@@ -80,7 +80,7 @@ def _reads_states(dense: DenseSpec, core: Component, width: int) -> bool:
     if dense.span == 0 or dense.sites == "all":
         return False
     with torch.device("meta"), _NothingDrawn():
-        streams = _Shared(core).build(width).streams
+        streams = _shared(core).build(width).streams
     return not set(dense.sites) <= {stream.name for stream in streams}
 
 
@@ -121,18 +121,22 @@ class _Mixers(NamedTuple):
     """FLOPs per token."""
 
 
-def _built(spec: ModelSpec) -> tuple[_Mixers, list[Block]]:
-    """The model's mixers and its blocks without dense connections, on the meta device; equal parts are one module."""
-    specs = [(layer.core, layer.ffn or spec.ffn, layer.dense or spec.dense) for layer in spec.layers()]
-    known = {id(component): component for layer in specs for component in layer}
-    shared: dict[int, Any] = {name: _Shared(component) for name, component in known.items()}
-    parts = [tuple(shared[id(component)] for component in layer) for layer in specs]
+def _built(spec: ModelSpec) -> tuple[_Mixers, list[tuple[Block, int]]]:
+    """The model's mixers, and its blocks without dense connections with the number of each, on the meta device; equal
+    parts are one module."""
+    kinds = spec.blocks or (BlockSpec.model_construct(core=spec.core, repeat=spec.depth),)
+    parts = [(_shared(b.core), _shared(b.ffn or spec.ffn), _shared(b.dense or spec.dense), b.repeat) for b in kinds]
+    # A feed-forward layer changes nothing about the mixers.
+    key = (spec.width, *((core.key, dense.key, repeat) for core, _, dense, repeat in parts))
     with torch.device("meta"), _NothingDrawn():
-        blocks = [_block(core, ffn, spec) for core, ffn, _ in parts]
-        # A feed-forward layer changes nothing about them.
-        key = (spec.width, *((core.key, dense.key) for core, _, dense in parts))
-        mixers = _remembered(key, lambda: _connected(blocks, [dense for _, _, dense in parts], spec))
+        blocks = [(_block(core, ffn, spec), repeat) for core, ffn, _, repeat in parts]
+        dense = [connection for *_, connection, repeat in parts for _ in range(repeat)]
+        mixers: _Mixers = _remembered(key, lambda: _connected(_repeated(blocks), dense, spec))
     return mixers, blocks
+
+
+def _repeated(blocks: Iterable[tuple[Block, int]]) -> list[Block]:
+    return [block for block, repeat in blocks for _ in range(repeat)]
 
 
 def _connected(blocks: Sequence[Block], dense: Sequence[Any], spec: ModelSpec) -> _Mixers:
@@ -184,8 +188,8 @@ def _key(component: Spec) -> _Key:
 class _Shared:
     """A component whose `build` gives the module it gave before for the same arguments."""
 
-    def __init__(self, component: Any) -> None:
-        self._component, self.key = component, _key(component)
+    def __init__(self, component: Any, key: _Key) -> None:
+        self._component, self.key = component, key
 
     def build(self, *args: Any) -> Any:
         """What the component builds."""
@@ -193,6 +197,16 @@ class _Shared:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._component, name)
+
+
+def _shared(component: Spec) -> _Shared:
+    key = _key(component)
+    if isinstance(component, DenseSpec):
+        # Its parts too: connections that differ in one thing share the rest.
+        parts: dict[str, Any] = {"transition": _shared(component.transition), "fusion": _shared(component.fusion)}
+        sites = {site: _shared(transition) for site, transition in component.site_transitions.items()}
+        component = component.model_copy(update={**parts, "site_transitions": sites})
+    return _Shared(component, key)
 
 
 def _remembered(key: tuple[Any, ...], build: Callable[[], Any]) -> Any:

@@ -79,6 +79,11 @@ class ModelSpec(Spec):
         blocks = self.blocks or (BlockSpec(core=self.core, repeat=self.depth),)
         return [block for block in blocks for _ in range(block.repeat)]
 
+    def without_dense(self) -> ModelSpec:
+        """The plain model of the same widths."""
+        blocks = self.blocks and tuple(block.model_copy(update={"dense": None}) for block in self.blocks)
+        return self.model_copy(update={"dense": DenseSpec(span=0), "blocks": blocks})
+
     def build(self, vocab_size: int) -> LanguageModel:
         """The module, with uninitialised weights under `torch.device("meta")`; raises InputError when sizes clash."""
         return LanguageModel(self, vocab_size)

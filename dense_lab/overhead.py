@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from dense_lab.counting import count
-from dense_lab.dense import DenseSpec
 from dense_lab.errors import InputError
-from dense_lab.model import ModelSpec
 from dense_lab.results import read_study
 from dense_lab.speeds import corpus
 from dense_lab.study import RunSpec
@@ -110,7 +108,7 @@ def pairs(runs: Mapping[str, RunSpec]) -> list[Pair]:
     names = {_architecture(run): name for name, run in runs.items()}
     found = []
     for name, run in runs.items():
-        plain = run.model_copy(update={"model": _without_dense(run.model)})
+        plain = run.model_copy(update={"model": run.model.without_dense()})
         if _architecture(plain) != _architecture(run):
             found.append(Pair(name, names.get(_architecture(plain), NO_ARM), run, plain))
     if not found:
@@ -120,12 +118,6 @@ def pairs(runs: Mapping[str, RunSpec]) -> list[Pair]:
 
 def _architecture(run: RunSpec) -> str:
     return run.model.model_dump_json()
-
-
-def _without_dense(model: ModelSpec) -> ModelSpec:
-    plain = DenseSpec(span=0)
-    blocks = model.blocks and tuple(block.model_copy(update={"dense": None}) for block in model.blocks)
-    return model.model_copy(update={"dense": plain, "blocks": blocks})
 
 
 def measure(found: Sequence[Pair], device: str, options: Options, told: Callable[[str], None] = print) -> list[Row]:
