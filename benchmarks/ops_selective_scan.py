@@ -30,7 +30,7 @@ from dense_lab_kernels.selective_scan import ScanSource, selective_scan, triton
 SHAPES = [(8, 2048, 2048, 16), (8, 4096, 2048, 16), (1, 2048, 32768, 16), (32, 1536, 1024, 16)]  # B, D, T, N
 # mamba-ssm's CUDA kernel on an H200: forward, forward + backward
 QUOTED = {SHAPES[0]: (0.589, 2.89), SHAPES[1]: (1.16, 5.69), SHAPES[2]: (1.45, 7.08), SHAPES[3]: (0.837, 4.28)}
-KERNELS = ("forward", "adjoint", "join", "own_gradients", "source_gradients")
+KERNELS = ("forward", "adjoint", "join", "gradients", "own_gradients", "source_gradients")
 SWEEP = [
     {},
     {"ahead": 0},

@@ -72,8 +72,10 @@ class Plan(NamedTuple):
     splits: int  # parts of a group's channels, and
     span: int  # tiles, that one replaying program takes
     back: int  # tokens of a walk back that gives all gradients; 0: tiles are replayed apart
-    chunk: int  # states that it takes at a time
-    unroll: int
+    warps: int
+    back_stages: int
+    exchange: int
+    limit: int | None  # registers of one of its threads
 
     @property
     def segments(self) -> int:
@@ -124,7 +126,7 @@ def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units:
     return Plan(
         batch, tokens, channels, states, padded, groups, sources, **options,
         block=block, tile=tile, stages=3, segment=segment, tile_block=tile_block, ahead=0,
-        splits=splits, span=math.ceil(tiles / spans), back=0, chunk=0, unroll=1,
+        splits=splits, span=math.ceil(tiles / spans), back=0, warps=min(16, padded // 4), back_stages=2, exchange=1, limit=None,
     )._replace(**_chosen(segment))  # fmt: skip
 
 
@@ -132,7 +134,7 @@ def _chosen(segment: int) -> dict[str, int]:
     """Launch choices from the environment, to compare them: `DENSE_LAB_SCAN=walk`."""
     if os.environ.get("DENSE_LAB_SCAN") != "walk":
         return {}
-    return {"back": segment, "chunk": 4}
+    return {"back": segment}
 
 
 def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -325,8 +327,10 @@ def _walk_back(
         inputs.A, inputs.bias, inputs.skip, kept, ends, du, ddt, dgate, grad if dz is None else dz,
         sums, dA, dchannel,
         plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.groups, plan.back,
-        **plan.flags(), HAS_Z=plan.gated, HAS_SKIP=plan.skip, M=plan.sources,
-        BLOCK=_WARP, TILE=plan.tile, CHUNK=plan.chunk, UNROLL=plan.unroll, num_warps=1,
+        CARRIED=plan.flags()["CARRIED"], SOFTPLUS=plan.softplus, HAS_Z=plan.gated, HAS_SKIP=plan.skip, M=plan.sources,
+        BLOCK=_WARP, TILE=plan.tile, HELD=plan.padded_states // plan.warps, WARPS=plan.warps,
+        STAGES=plan.back_stages, SHARED=plan.warps > 1 and plan.exchange, num_warps=plan.warps,
+        maxnreg=plan.limit,
     )  # fmt: skip
     dA, dchannel, sums = dA.sum(1).mT, dchannel.sum(1), sums.sum(1).transpose(2, 3)
     found: list[Tensor | None] = []
@@ -526,6 +530,7 @@ def _signature(argument: Any) -> Any:
 def _sm90_case(name: str, launch: Launch) -> Sm90Case:
     options = dict(launch.options)
     warps = options.pop("num_warps")
+    options.pop("maxnreg", None)
     arguments = zip(launch.kernel.arg_names, launch.arguments, strict=False)
     plain = {param.name for param in launch.kernel.params if param.do_not_specialize}
     fixed = {param.name for param in launch.kernel.params if param.is_constexpr}

@@ -1,11 +1,13 @@
 """The backward walk of the selective scan: all gradients of all streams in one pass over the tokens, last first.
 
-A thread owns a channel. It walks a segment back tile by tile, and passes over the states of a tile a few at a time
-(CHUNK): it replays them from the state before the tile, walks back with their gradients, and adds to the sums over
-states (du, ddt, the gates). What depends on a token and a channel alone is computed once. The gradients of B and C,
-sums over channels, are reduced over the warp for every tile; other programs' parts are added afterwards. No atomics.
+A program owns 32 channels, one to a lane, and each of its WARPS four of the states: enough warps for the processor to
+have something to do while others wait. They walk a segment back tile by tile, replay a tile's states from the state
+before it, walk back with their gradients, and add up over states (du, ddt, the gates; through shared memory) and over
+channels (B and C; on tensor cores, within the warp; other programs' parts are added afterwards). The states'
+gradients and the sums of A stay in registers from tile to tile. No atomics.
 
-Letters as in the forward; states of a chunk are [TILE, CHUNK, BLOCK].
+Letters as in the forward; states of a tile are [TILE, HELD, WARPS, BLOCK]:
+a thread of warp w holds the HELD states from w HELD on.
 """
 
 # ruff: noqa: RUF005 - Triton knows no unpacking inside a tuple
@@ -16,16 +18,18 @@ import triton
 import triton.language as tl
 
 from dense_lab_kernels._triton import INTERPRETED, sigmoid
-from dense_lab_kernels.selective_scan.triton_backward import replay, slope, walk_back
+from dense_lab_kernels.selective_scan.triton_backward import slope
 from dense_lab_kernels.selective_scan.triton_forward import (
     activate,
-    decays,
+    exp,
+    exp2,
+    LOG2_E,
+    fetch,
     fetch_shared,
     load_states,
     own_channels,
     pick,
     piece_offset,
-    state_offsets,
 )
 
 _TENSOR_CORES = tl.constexpr(not INTERPRETED)
@@ -70,60 +74,140 @@ _SUMS_32, _SUMS_16 = tl.constexpr(_warp_sums(32)), tl.constexpr(_warp_sums(16))
 _TYPES_32, _TYPES_16 = (tl.constexpr(",".join(["=f"] * k + ["f"] * k)) for k in (32, 16))
 
 
+def _steps(tokens: int, states: int, *, back: bool) -> tuple[str, str]:
+    """PTX and operand types of `replayed` (or, back, of `walked_back`) for the numbers of one thread."""
+    count = tokens * states
+    code = [".reg .f32 h, t;"]
+    for n in range(states):
+        order = [k * states + n for k in range(tokens)]
+        if back:  # results: gradients, passed on; operands: a, C, gradient of y, s
+            code.append(f"mov.f32 h, ${5 * count + n};")
+            for i in reversed(order):
+                code.append(f"fma.rn.f32 ${i}, ${3 * count + i}, ${4 * count + i}, h;")
+                code.append(f"mul.f32 ${count + i}, ${2 * count + i}, ${i}; mov.f32 h, ${count + i};")
+        else:  # results: states before and after; operands: a, b, h
+            code.append(f"mov.f32 h, ${4 * count + n};")
+            for i in order:
+                code.append(f"mov.f32 ${i}, h; fma.rn.f32 h, ${2 * count + i}, h, ${3 * count + i};")
+                code.append(f"mov.f32 ${count + i}, h;")
+    types = ["=&f"] * (2 * count) + ["f"] * ((4 if back else 3) * count)
+    return "{ " + " ".join(code) + " }", ",".join(types)
+
+
+_REPLAY_32, _REPLAY_TYPES_32 = (tl.constexpr(x) for x in _steps(8, 4, back=False))
+_REPLAY_16, _REPLAY_TYPES_16 = (tl.constexpr(x) for x in _steps(4, 4, back=False))
+_BACK_32, _BACK_TYPES_32 = (tl.constexpr(x) for x in _steps(8, 4, back=True))
+_BACK_16, _BACK_TYPES_16 = (tl.constexpr(x) for x in _steps(4, 4, back=True))
+
+
 @triton.jit
-def add_channels(out, x, first, live, n_last, TILE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-                 EXACT: tl.constexpr):  # fmt: skip
-    """Sums of x [TILE, CHUNK, BLOCK] over its channels into out[t, first + n], t < live, n < n_last."""
-    j, c = tl.arange(0, TILE), tl.arange(0, CHUNK)
-    if _TENSOR_CORES and not EXACT and BLOCK == 32 and (TILE * CHUNK == 32 or TILE * CHUNK == 16):
+def replayed(a, b, h, j, TILE: tl.constexpr, HELD: tl.constexpr):
+    """The states before and after every token of a tile, h_t = a_t h_{t-1} + b_t."""
+    if _TENSOR_CORES and TILE == 8 and HELD == 4:
+        before, after = tl.inline_asm_elementwise(
+            _REPLAY_32, _REPLAY_TYPES_32, [a, b, h[None, :, :, :]], dtype=(tl.float32, tl.float32), is_pure=True, pack=32
+        )
+    elif _TENSOR_CORES and TILE == 4 and HELD == 4:
+        before, after = tl.inline_asm_elementwise(
+            _REPLAY_16, _REPLAY_TYPES_16, [a, b, h[None, :, :, :]], dtype=(tl.float32, tl.float32), is_pure=True, pack=16
+        )
+    else:
+        before, after = b, b
+        for k in tl.static_range(TILE):
+            here = (j == k)[:, None, None, None]
+            before = tl.where(here, h[None, :, :, :], before)
+            h = pick(a, here, 0) * h + pick(b, here, 0)
+            after = tl.where(here, h[None, :, :, :], after)
+    return before, after
+
+
+@triton.jit
+def walked_back(a, C, grad, s, j, TILE: tl.constexpr, HELD: tl.constexpr):
+    """Gradients dh_t = a_{t+1} dh_{t+1} + C_t grad_t of the states after every token; a dh; the tile's first a dh.
+
+    s: what the tokens behind the tile pass to its last state.
+    """
+    if _TENSOR_CORES and TILE == 8 and HELD == 4:
+        dh, passed = tl.inline_asm_elementwise(
+            _BACK_32, _BACK_TYPES_32, [a, C, grad, s[None, :, :, :]],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=32,
+        )  # fmt: skip
+        s = pick(passed, (j == 0)[:, None, None, None], 0)
+    elif _TENSOR_CORES and TILE == 4 and HELD == 4:
+        dh, passed = tl.inline_asm_elementwise(
+            _BACK_16, _BACK_TYPES_16, [a, C, grad, s[None, :, :, :]],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=16,
+        )  # fmt: skip
+        s = pick(passed, (j == 0)[:, None, None, None], 0)
+    else:
+        inflow = C * grad
+        dh = inflow
+        for k in tl.static_range(TILE):
+            here = (j == TILE - 1 - k)[:, None, None, None]
+            own = s + pick(inflow, here, 0)
+            s = pick(a, here, 0) * own
+            dh = tl.where(here, own[None, :, :, :], dh)
+        passed = a * dh
+    return dh, passed, s
+
+
+@triton.jit
+def add_channels(out, x, live, N: tl.constexpr, TILE: tl.constexpr, HELD: tl.constexpr, WARPS: tl.constexpr,
+                 BLOCK: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Sums of x [TILE, HELD, WARPS, BLOCK] over its channels into out[t, n], t < live, n < N."""
+    j, i, w = tl.arange(0, TILE), tl.arange(0, HELD), tl.arange(0, WARPS)
+    if _TENSOR_CORES and not EXACT and (TILE * HELD == 32 or TILE * HELD == 16):
         lane = tl.arange(0, BLOCK)
-        if TILE * CHUNK == 32:
+        if TILE * HELD == 32:
             y = tl.inline_asm_elementwise(_SUMS_32, _TYPES_32, [x], dtype=tl.float32, is_pure=False, pack=32)
             index = lane // 16 * 16 + lane % 4 * 4 + lane // 4 % 4
         else:
             y = tl.inline_asm_elementwise(_SUMS_16, _TYPES_16, [x], dtype=tl.float32, is_pure=False, pack=16)
             index = lane % 4 * 4 + lane // 8
-        total = pick(pick(y, (j == 0)[:, None, None], 0), (c == 0)[:, None], 0) * _UNCUT
-        t, n = index // CHUNK, first + index % CHUNK
-        tl.store(out + t * n_last + n, total, mask=(t < live) & (n < n_last))
+        y = pick(pick(y, (j == 0)[:, None, None, None], 0), (i == 0)[:, None, None], 0) * _UNCUT
+        t = (index // HELD)[None, :]
+        n = w[:, None] * HELD + (index % HELD)[None, :]
+        tl.store(out + t * N + n, y, mask=(t < live) & (n < N))
     else:
-        t, n = j[:, None], (first + c)[None, :]
-        tl.store(out + t * n_last + n, tl.sum(x, axis=2), mask=(t < live) & (n < n_last))
+        t, n = j[:, None, None], (w[None, :] * HELD + i[:, None])[None, :, :]
+        tl.store(out + t * N + n, tl.sum(x, axis=3), mask=(t < live) & (n < N))
 
 
 @triton.jit
-def rows_from(pointer, stride, channel, TILE: tl.constexpr):
-    """Pointers [TILE, BLOCK] to `channel` of the rows from `pointer` on.
-
-    Channel first, then the row: one addition per row, the same for all threads, instead of an offset for each.
-    """
-    return (pointer + channel[None, :]) + tl.arange(0, TILE).to(tl.int64)[:, None] * stride
+def _add_two(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
-def fetch_rows(tokens, strides, batch, t, channel, mask, TILE: tl.constexpr):
-    """TILE tokens from t on of every tensor [B, T, D]; zeros where masked."""
+def state_place(channel, n, D):
+    """Offsets [HELD, WARPS, BLOCK] of one token's states in [N, D], a channel to a thread (see `state_offsets`)."""
+    return tl.multiple_of(tl.max_contiguous(n[:, :, None] * D + channel[None, None, :], [1, 2, 4]), [1, 1, 1])
+
+
+@triton.jit
+def fetch_held(tables, strides, batch, group, t, n, mask):
+    """Tokens t of every B and C, [TILE, HELD, WARPS]; zeros where masked."""
     result = ()
-    for i in tl.static_range(len(tokens)):
-        row = tokens[i] + (batch * strides[i][0] + t.to(tl.int64) * strides[i][1])
-        result = result + (tl.load(rows_from(row, strides[i][1], channel, TILE), mask=mask, other=0.0),)
+    for i in tl.static_range(len(tables)):
+        row = tables[i] + batch * strides[i][0] + (group // strides[i][3]) * strides[i][2]
+        place = t.to(tl.int64)[:, None, None] * strides[i][1] + n[None, :, :]
+        result = result + (tl.load(row + place, mask=mask, other=0.0).to(tl.float32),)
     return result
 
 
 @triton.jit
-def chunk_states(A, kept, grads, dA, tile, tiles, piece, segments, home, fresh, offsets, mask, D, N, M: tl.constexpr):
-    """Of every stream: rates, states before the tile, gradients of those after it, the gradient of A so far."""
-    rate, h, s, old = (), (), (), ()
-    for i in tl.static_range(M + 1):
-        rate = rate + (load_states(A + i * D * N, offsets, mask),)
-        h = h + (load_states(kept + piece_offset(i, tile, tiles, D, N), offsets, mask),)
-        s = s + (load_states(grads + piece_offset(i, piece, segments, D, N), offsets, mask),)
-        own = dA + (i * tl.num_programs(1) * segments + home).to(tl.int64) * D * N
-        old = old + (tl.load(own + offsets, mask=mask & (offsets * 0 + fresh < 1), other=0.0),)
-    return rate, h, s, old
+def to_all(x, to_lane, SHARED: tl.constexpr):
+    """[TILE, BLOCK] as [TILE, 1, 1, BLOCK], for every warp.
+
+    As a gather of each channel from its own place, it goes through shared memory; a mere broadcast would have every warp
+    compute x itself.
+    """
+    if SHARED:
+        x = tl.gather(x, to_lane, 1)
+    return x[:, None, None, :]
 
 
-@triton.jit(do_not_specialize=["T", "D", "per_group", "segment", "groups"])
+@triton.jit(do_not_specialize=["T", "segment", "groups"])
 def gradients(
     tokens, strides,  # [B, T, D] each: u of every stream, dt of every stream, the gates, the gradient, z and raw if any
     tables, table_strides,  # [B, T, G, N] each: B of every stream, C
@@ -135,11 +219,15 @@ def gradients(
     dA, dchannel,  # [m + 1, B segments, N, D]; [m + 2, B segments, D]: skip, and the bias of every stream
     T, D, N: tl.constexpr, per_group, groups, segment,
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr, M: tl.constexpr,
-    NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, HELD: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
+    SHARED: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment back for BLOCK channels of one batch element; grid (channel blocks, B, segments)."""
     channel, exists, group = own_channels(per_group, BLOCK)
-    c, j = tl.arange(0, CHUNK), tl.arange(0, TILE)
+    n, j = tl.arange(0, WARPS)[None, :] * HELD + tl.arange(0, HELD)[:, None], tl.arange(0, TILE)
+    offsets = state_place(channel, n, D)
+    mask = exists[None, None, :] & (n < N)[:, :, None]
+    to_lane = tl.zeros([TILE, BLOCK], tl.int32) + tl.arange(0, BLOCK)[None, :]
     batch = tl.program_id(1).to(tl.int64)
     batches = tl.num_programs(1)
     piece, segments = tl.program_id(2), tl.num_programs(2)
@@ -149,109 +237,102 @@ def gradients(
     home = piece * batches + batch
     blocks = tl.num_programs(0) // groups
     part = ((tl.program_id(0) % blocks) * batches + batch) * groups + group
-    biases, dbias = (), ()
+    parts = blocks * batches * groups
+    EXACT: tl.constexpr = tokens[0].dtype.element_ty == tl.float32
+    s, rate, biases, dbias, A_sums = (), (), (), (), ()
     for i in tl.static_range(M + 1):
+        s = s + (load_states(grads + piece_offset(i, piece, segments, D, N), offsets, mask),)
+        rate = rate + (load_states(A + i * D * N, offsets, mask),)
         biases = biases + (tl.load(bias + i * D + channel, mask=exists, other=0.0),)
-        dbias = dbias + (tl.zeros([BLOCK], tl.float32),)
-    dskip = tl.zeros([BLOCK], tl.float32)
-    skips = dskip
+        dbias = dbias + (tl.zeros([TILE, BLOCK], tl.float32),)
+        A_sums = A_sums + (tl.zeros([HELD, WARPS, BLOCK], tl.float32),)
+    dskip = tl.zeros([TILE, BLOCK], tl.float32)
+    skips = biases[0]
     if HAS_SKIP:
         skips = tl.load(skip + channel, mask=exists, other=0.0)
 
     count = tl.cdiv(end - begin, TILE)
-    for walked in range(count):
+    for walked in tl.range(0, count, num_stages=STAGES):
         tile = begin // TILE + count - 1 - walked
         t = tile * TILE + j
         live = (t < end)[:, None]
         inside = live & exists[None, :]
-        rows = fetch_rows(tokens, strides, batch, tile * TILE, channel, inside, TILE)
-        row = (batch * T + tile * TILE) * D
+        rows = fetch(tokens, strides, batch, t, channel, inside)
+        shared = fetch_held(tables, table_strides, batch, group, t, n, (t < end)[:, None, None] & (n < N)[None, :, :])
+        h = ()
+        for i in tl.static_range(M + 1):
+            h = h + (load_states(kept + piece_offset(i, tile, tiles, D, N), offsets, mask),)
+        place = (batch * T + t.to(tl.int64))[:, None] * D + channel[None, :]
         grad = rows[3 * M + 2].to(tl.float32)
         if HAS_Z:
             z = rows[3 * M + 3].to(tl.float32)
             open_ = sigmoid(z)
             z_grad = grad * rows[3 * M + 4].to(tl.float32) * open_ * (1.0 + z * (1.0 - open_))
-            tl.store(rows_from(dz + row, D, channel, TILE), z_grad.to(dz.dtype.element_ty), mask=inside)
+            tl.store(dz + place, z_grad.to(dz.dtype.element_ty), mask=inside)
             grad = grad * z * open_
-        step, taken, flow, lost, gates, gate_grads = (), (), (), (), (), ()
+        step, steps, taken, gates, a, before, after = (), (), (), (), (), (), ()
+        grad_of_y = to_all(grad, to_lane, SHARED)
         for i in tl.static_range(M + 1):
             x = rows[M + 1 + i].to(tl.float32) + biases[i][None, :]
             step = step + (tl.where(live, activate(x, SOFTPLUS), 0.0),)
-            taken = taken + (step[i] * rows[i].to(tl.float32),)
-            flow = flow + (tl.zeros([TILE, BLOCK], tl.float32),)
-            lost = lost + (tl.zeros([TILE, BLOCK], tl.float32),)
+            steps = steps + (to_all(step[i], to_lane, SHARED),)
+            taken = taken + (to_all(step[i] * rows[i].to(tl.float32), to_lane, SHARED),)
+            if EXACT:
+                a = a + (exp(rate[i][None, :, :, :] * steps[i]),)
+            else:
+                a = a + (exp2((rate[i] * LOG2_E)[None, :, :, :] * steps[i]),)
         for i in tl.static_range(M):
-            gates = gates + (rows[2 * M + 2 + i].to(tl.float32),)
-            gate_grads = gate_grads + (tl.zeros([TILE, BLOCK], tl.float32),)
-        for first in tl.range(0, NP, CHUNK, loop_unroll_factor=UNROLL):
-            n = first + c
-            mask, shared_mask = exists[None, :], live
-            if N != NP:
-                mask, shared_mask = (n < N)[:, None] & mask, (n < N)[None, :] & live
-            offsets = state_offsets(channel, n, D)
-            shared = fetch_shared(tables, table_strides, batch, group, t, n, shared_mask)
-            rate, h, s, old = chunk_states(
-                A, kept, grads, dA, tile, tiles, piece, segments, home, walked == 0, offsets, mask, D, N, M
-            )
-            inflow = tl.zeros([TILE, CHUNK, BLOCK], tl.float32)
-            a, before, after = (decays(rate[0], step[0], rows[M + 1]),), (), ()
-            for i in tl.static_range(1, M + 1):
-                a = a + (decays(rate[i], step[i], rows[M + 1 + i]),)
-                b = shared[i].to(tl.float32)[:, :, None] * taken[i][:, None, :]
-                earlier, later = replay(a[i], b, h[i], j, TILE)
-                before, after = before + (earlier,), after + (later,)
-                inflow += gates[i - 1][:, None, :] * later
-            b = shared[0].to(tl.float32)[:, :, None] * taken[0][:, None, :]
-            if CARRIED:
-                b += inflow
-            earlier, fused = replay(a[0], b, h[0], j, TILE)
-            if M > 0 and not CARRIED:
-                fused += inflow
-            before = (earlier,) + before
-            live_tokens = end - tile * TILE
-            table = (part + (M + 1) * blocks * batches * groups) * T + tile * TILE
-            add_channels(sums + table * N, fused * grad[:, None, :], first, live_tokens, N,
-                         TILE, CHUNK, BLOCK, rows[0].dtype == tl.float32)  # fmt: skip
-            passed = shared[M + 1].to(tl.float32)[:, :, None] * grad[:, None, :]
-            new_flow, new_lost, new_gate = (), (), ()
-            source_flow = passed
-            for i in tl.static_range(M + 1):
-                if i > 0:
-                    new_gate = new_gate + (gate_grads[i - 1] + tl.sum(source_flow * after[i - 1], axis=1),)
-                    passed = gates[i - 1][:, None, :] * source_flow
-                dh, start = walk_back(a[i], passed, s[i], j, TILE, False)
-                if CARRIED and i == 0:
-                    source_flow = dh
-                tl.store(grads + piece_offset(i, piece, segments, D, N) + offsets, start, mask=mask)
-                table = (part + i * blocks * batches * groups) * T + tile * TILE
-                add_channels(sums + table * N, dh * taken[i][:, None, :], first, live_tokens, N,
-                             TILE, CHUNK, BLOCK, rows[0].dtype == tl.float32)  # fmt: skip
-                new_flow = new_flow + (flow[i] + tl.sum(dh * shared[i].to(tl.float32)[:, :, None], axis=1),)
-                faded = a[i] * dh * before[i]
-                new_lost = new_lost + (lost[i] + tl.sum(faded * rate[i][None, :, :], axis=1),)
-                own = dA + (i * batches * segments + home).to(tl.int64) * D * N
-                tl.store(own + offsets, old[i] + tl.sum(faded * step[i][:, None, :], axis=0), mask=mask)
-            flow, lost, gate_grads = new_flow, new_lost, new_gate
-        added = ()
+            gates = gates + (rows[2 * M + 2 + i].to(tl.float32)[:, None, None, :],)
+        inflow = tl.zeros([TILE, HELD, WARPS, BLOCK], tl.float32)
+        for i in tl.static_range(1, M + 1):
+            earlier, later = replayed(a[i], shared[i][:, :, :, None] * taken[i], h[i], j, TILE, HELD)
+            before, after = before + (earlier,), after + (later,)
+            inflow += gates[i - 1] * later
+        b = shared[0][:, :, :, None] * taken[0]
+        if CARRIED:
+            b += inflow
+        earlier, fused = replayed(a[0], b, h[0], j, TILE, HELD)
+        if M > 0 and not CARRIED:
+            fused += inflow
+        before = (earlier,) + before
+        table = (part + (M + 1) * parts) * T + tile * TILE
+        add_channels(sums + table * N, fused * grad_of_y, end - tile * TILE, N, TILE, HELD, WARPS, BLOCK, EXACT)
+        C = shared[M + 1][:, :, :, None]
+        source_flow = C * grad_of_y
+        starts, A_new, dbias_new = (), (), ()
         for i in tl.static_range(M + 1):
+            stream = i * batches.to(tl.int64) * T * D
+            if i > 0:
+                gate_grad = tl.sum(tl.sum(source_flow * after[i - 1], axis=1), axis=1)
+                gate_place = dgate + ((i - 1) * batches.to(tl.int64) * T * D + place)
+                tl.store(gate_place, gate_grad.to(dgate.dtype.element_ty), mask=inside)
+                dh, fade, start = walked_back(a[i], source_flow, gates[i - 1], s[i], j, TILE, HELD)
+            else:
+                dh, fade, start = walked_back(a[i], C, grad_of_y, s[i], j, TILE, HELD)
+                if CARRIED:
+                    source_flow = dh
+            table = (part + i * parts) * T + tile * TILE
+            add_channels(sums + table * N, dh * taken[i], end - tile * TILE, N, TILE, HELD, WARPS, BLOCK, EXACT)
+            faded = fade * before[i]
+            flow, lost = tl.sum(dh * shared[i][:, :, :, None], axis=1), tl.sum(faded * rate[i][None, :, :, :], axis=1)
+            flow, lost = tl.reduce((flow, lost), 1, _add_two)
+            starts = starts + (start,)
+            A_new = A_new + (A_sums[i] + tl.sum(faded * steps[i], axis=0),)
             value = rows[i].to(tl.float32)
             x = rows[M + 1 + i].to(tl.float32) + biases[i][None, :]
-            x_grad = tl.where(live, (flow[i] * value + lost[i]) * slope(x, SOFTPLUS), 0.0)
-            value_grad = flow[i] * step[i]
+            x_grad = tl.where(live, (flow * value + lost) * slope(x, SOFTPLUS), 0.0)
+            value_grad = flow * step[i]
             if HAS_SKIP and i == 0:
                 value_grad += skips[None, :] * grad
-                dskip += tl.sum(grad * value, axis=0)
-            first_row = (i * batches * T).to(tl.int64) * D + row
-            tl.store(rows_from(du + first_row, D, channel, TILE), value_grad.to(du.dtype.element_ty), mask=inside)
-            tl.store(rows_from(ddt + first_row, D, channel, TILE), x_grad.to(ddt.dtype.element_ty), mask=inside)
-            added = added + (dbias[i] + tl.sum(x_grad, axis=0),)
-        dbias = added
-        for i in tl.static_range(M):
-            first_row = (i * batches * T).to(tl.int64) * D + row
-            place = rows_from(dgate + first_row, D, channel, TILE)
-            tl.store(place, gate_grads[i].to(dgate.dtype.element_ty), mask=inside)
+                dskip += grad * value
+            tl.store(du + stream + place, value_grad.to(du.dtype.element_ty), mask=inside)
+            tl.store(ddt + stream + place, x_grad.to(ddt.dtype.element_ty), mask=inside)
+            dbias_new = dbias_new + (dbias[i] + x_grad,)
+        s, A_sums, dbias = starts, A_new, dbias_new
     rows_of = batches * segments
     if HAS_SKIP:
-        tl.store(dchannel + home.to(tl.int64) * D + channel, dskip, mask=exists)
+        tl.store(dchannel + home * D + channel, tl.sum(dskip, axis=0), mask=exists)
     for i in tl.static_range(M + 1):
-        tl.store(dchannel + ((i + 1) * rows_of + home).to(tl.int64) * D + channel, dbias[i], mask=exists)
+        tl.store(grads + piece_offset(i, piece, segments, D, N) + offsets, s[i], mask=mask)
+        tl.store(dA + (i * rows_of + home) * D * N + offsets, A_sums[i], mask=mask)
+        tl.store(dchannel + ((i + 1) * rows_of + home) * D + channel, tl.sum(dbias[i], axis=0), mask=exists)
