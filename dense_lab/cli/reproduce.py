@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     default="refused",
     help="Go on when the data is not that of the recorded runs.",
 )
+@options.allow_unverified
 @options.as_json
 def command(
     what: Path,
@@ -45,6 +46,7 @@ def command(
     workers: int,
     device: str,
     other_data: Literal["refused", "allowed"],
+    allow: Literal["verified", "unverified"],
     as_json: bool,
 ) -> None:
     """Train recorded runs again from their stored specs, and say whether the numbers come out as recorded.
@@ -66,6 +68,7 @@ def command(
             device=device,
             workers=workers,
             other_data=other_data,
+            kernels=allow,
             on_environment=None if as_json else _tell_environment,
             on_progress=None if as_json else display.update,
         )
@@ -113,13 +116,14 @@ def _tell(made: Reproduction) -> None:
             "" if one.seed is None else one.seed,
             text(one.recorded),
             text(one.new),
+            f"{one.deviation:.2g}" if math.isfinite(one.deviation) else "",
             escape(f"[{text(one.interval[0])}, {text(one.interval[1])}]") if math.isfinite(one.interval[0]) else "",
             one.outcome,
         ]
         for one in made.agreements
     ]
-    columns = ("of", "arm", "seed", "recorded", "new", "expected", "outcome")
-    options.print_table(made.recorded.metric, columns, rows, right=columns[2:6])
+    columns = ("of", "arm", "seed", "recorded", "new", "deviation", "expected", "outcome")
+    options.print_table(made.recorded.metric, columns, rows, right=columns[2:7])
     console = options.console()
     console.print(made.summary(), style="green" if made.reproduced else "red")
     console.print(f"new runs: {made.folder}", soft_wrap=True)

@@ -88,7 +88,15 @@ def grids(ablated: Ablated) -> list[Grid]:
 
 
 def _levels(overrides: dict[str, Any]) -> dict[str, str]:
-    return {path: value_text(value) for path, value in overrides.items()}
+    """What an arm changes; a value that belongs to an option of another one is part of that one's level."""
+    found: dict[str, str] = {}
+    for path, value in sorted(overrides.items(), key=lambda pair: pair[0].count(".")):
+        owner = next((known for known in found if path.startswith(f"{known}.")), None)
+        if owner is None:
+            found[path] = value_text(value)
+        else:
+            found[owner] += f" {path.rpartition('.')[2]}={value_text(value)}"
+    return found
 
 
 def value_text(value: Any) -> str:

@@ -6,6 +6,7 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
+from dense_lab.files import read_json
 from dense_lab.report.table import Table
 from dense_lab.results import StudyResults, TrialView
 from dense_lab.units import human
@@ -142,4 +143,6 @@ def provenance(results: StudyResults) -> Table:
     dates = [time for t in trials for time in (t.started, t.ended) if time]
     found["date"] = [f"{min(dates):%Y-%m-%d %H:%M} to {max(dates):%Y-%m-%d %H:%M} UTC"] if dates else []
     rows += [(name, "; ".join(values)) for name, values in found.items() if values]
+    again = [read_json(path) for path in sorted(results.folder.glob("reproduced/*/reproduce.json"))]
+    rows += [("trained again", f"{said.get('date', '')}: {said.get('summary', '')}") for said in again]
     return Table("Provenance", ("what", "value"), tuple(rows), name="provenance", left=2)

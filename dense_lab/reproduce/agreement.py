@@ -40,6 +40,11 @@ class Agreement:
     outcome: Outcome
 
     @property
+    def deviation(self) -> float:
+        """New minus recorded; not a number when there is no new one."""
+        return math.nan if self.new is None else self.new - self.recorded
+
+    @property
     def holds(self) -> bool:
         """Whether it was reproduced."""
         return self.outcome in HOLDS

@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dense_lab.errors import InputError
 from dense_lab.files import write_json
@@ -54,7 +55,8 @@ class Reproduction:
         if equal == len(runs):
             return f"reproduced: {equal} of {equal} runs bit for bit"
         off = [one for one in self.agreements if not one.holds]
-        bits = f"{equal} of {len(runs)} runs bit for bit"
+        largest = max((abs(one.deviation) for one in runs if one.new is not None), default=math.nan)
+        bits = f"{equal} of {len(runs)} runs bit for bit, largest deviation of a run {largest:.2g}"
         if not self.environment and "cpu" in runs_on(self.recorded):
             bits += ", though nothing that is recorded of the environment has changed"
         if not off:
@@ -70,6 +72,7 @@ class Reproduction:
         ]
         return {
             "reproduced": self.reproduced,
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
             "summary": self.summary(),
             "folder": str(self.recorded.folder),
             "metric": self.recorded.metric,
@@ -93,7 +96,8 @@ def reproduce(
     seeds: Collection[int] = (),
     device: str = "auto",
     workers: int = 1,
-    other_data: str = "refused",
+    other_data: Literal["refused", "allowed"] = "refused",
+    kernels: Literal["verified", "unverified"] = "verified",
     on_environment: Callable[[Recorded, list[Difference]], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     train: Train | None = None,
@@ -102,6 +106,7 @@ def reproduce(
 
     `folder` is a study's, one of its trials', or a single run's. `arms` and `seeds` choose from a study. Every other
     difference of the environment is told to `on_environment` and accepted; other data only with `other_data="allowed"`.
+    Operations that are wrong on this machine are refused as in a search, unless `kernels` is "unverified".
     Raises InputError when there is nothing to train again, when the stored specs cannot be read, or for other data.
     """
     from dense_lab import registry
@@ -116,6 +121,10 @@ def reproduce(
     if other_data == "refused" and (other := [one for one in environment if one.what == "data"]):
         raise InputError(f"the data is not that of the recorded runs ({other[0]}): get it, or --allow-different-data")
     study = _study(found, into)
+    if train is None:
+        from dense_lab.verification import ensure
+
+        ensure((arm.spec.run() for arm in study.arms()), device, kernels)
     with _threads(cores):
         outcome = search(
             study, into, workers=workers, device=device, mlflow_uri="none", on_progress=on_progress, train=train

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from dense_lab.errors import InputError
 from dense_lab.files import read_json, write_json
 from dense_lab.report import write_report
+from dense_lab.report.factors import grids
 from dense_lab.report.section import section
 from dense_lab.report.table import cell
 from dense_lab.results import read_study
@@ -169,6 +170,30 @@ def test_arms_in_a_grid_get_effects_within_rows_and_interactions(tmp_path):
     noise = 3 * 2 * 0.004 / 5**0.5
     assert found["dense = add, core = mamba"] == pytest.approx(-0.06, abs=noise)
     assert found["dense = concat, core = mamba"] == pytest.approx(-0.04, abs=noise)
+
+
+def test_what_belongs_to_an_option_is_part_of_its_level(tmp_path):
+    arms = {
+        f"{core} {span}": {"model.core": core, "model.dense": "none" if span == 0 else "densessm"}
+        | ({} if span == 0 else {"model.dense.densessm.span": span})
+        for core in ("retnet", "mamba")
+        for span in (0, 1, 2)
+    }
+    ablated = section(read_study(studies.ablation(tmp_path / "s", arms, {}))).ablated
+    (grid,) = grids(ablated)
+    assert (grid.row, grid.rows) == ("core", ("retnet", "mamba"))
+    assert (grid.column, grid.columns) == ("dense", ("none", "densessm span=1", "densessm span=2"))
+    assert grid.values["mamba", "densessm span=2"] == ablated.values(ablated.arms[5])
+
+
+def test_a_grid_of_three_factors_averages_over_the_third(tmp_path):
+    names = [(a, b, c) for a in "xy" for b in "pq" for c in "mn"]
+    arms = {"".join(name): dict(zip(("a", "b", "c"), name, strict=True)) for name in names}
+    ablated = section(read_study(studies.ablation(tmp_path / "s", arms, {}))).ablated
+    found = {(grid.row, grid.column): grid for grid in grids(ablated)}
+    assert list(found) == [("a", "b"), ("a", "c"), ("b", "c")]
+    values = {arm.name: ablated.values(arm) for arm in ablated.arms}
+    assert found["a", "c"].values["y", "m"][2] == pytest.approx((values["ypm"][2] + values["yqm"][2]) / 2)
 
 
 def test_arms_in_no_grid_get_none(small):
