@@ -17,7 +17,7 @@ import numpy as np
 from dense_lab.counting import count
 from dense_lab.errors import InputError
 from dense_lab.results import read_study
-from dense_lab.speeds import corpus
+from dense_lab.speeds import OVERHEAD, corpus
 from dense_lab.study import RunSpec
 from dense_lab.timing import Decoding, Side, Training, released, repeats, seconds_of
 from dense_lab.training.device import Place, choose_place
@@ -26,8 +26,8 @@ from dense_lab.training.schedule import plan as schedule
 if TYPE_CHECKING:
     from dense_lab.space import Study
 
-FILE = "overhead.json"
-"""In a study's folder, a list of `Row`s, which the report reads."""
+__all__ = ["OVERHEAD", "Options", "Pair", "Row", "as_json", "measure", "pairs", "runs_in", "runs_of"]
+
 NO_ARM = "m = 0"
 """What a twin is called that is no arm of the study."""
 Kind = Literal["training", "decoding"]
@@ -193,5 +193,5 @@ def _batch_size(run: RunSpec) -> int:
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """As they stand in FILE."""
+    """As they stand in OVERHEAD, which the report and plans read."""
     return [asdict(row) for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import statistics
 import time
 from collections.abc import Collection, Sequence
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 EFFICIENCY = 0.2
 """Part of the matrix-product rate that small models reach in training on a CPU: an order of magnitude."""
+OVERHEAD = "overhead.json"
+"""What `dense-lab overhead` leaves in a study's folder."""
 Source = Literal["measured", "scaled", "guessed"]
 
 
@@ -71,8 +74,8 @@ class Speeds:
     def told(self, sources: Collection[Source]) -> str:
         """How times were found, in a sentence."""
         words: dict[Source, str] = {
-            "measured": "measured: tokens/s of finished runs of the same arm here",
-            "scaled": "scaled: by FLOPs, from finished runs of other arms here",
+            "measured": "measured: tokens/s of the same arm on such a device",
+            "scaled": "scaled: by FLOPs, from other arms on such a device",
             "guessed": f"guessed: {EFFICIENCY:.0%} of this device's matrix-product rate, which may be off several "
             "times over; a small model on a GPU takes longer",
         }
@@ -80,20 +83,34 @@ class Speeds:
 
 
 def measured(folder: Path | None, place: Place) -> dict[str, list[tuple[float, float]]]:
-    """FLOPs per token and tokens per second of the finished runs in a study's folder that ran on such a device."""
-    if folder is None or not (folder / "study.json").exists():
+    """FLOPs per token and tokens per second of a study's arms on such a device: of the finished runs in its folder,
+    else of `dense-lab overhead`."""
+    if folder is None:
         return {}
     from dense_lab.cli.live import brief
 
-    def kind(described: str) -> str:
-        return described.split(" ", 1)[-1]
-
+    here = _device_kind(place.describe())
     found: dict[str, list[tuple[float, float]]] = {}
-    for trial in read_study(folder).having("complete"):
-        here = kind(trial.tags.get("device", "")) == kind(place.describe())
-        if here and (known := _speed(trial)):
+    for trial in read_study(folder).having("complete") if (folder / "study.json").exists() else ():
+        if _device_kind(trial.tags.get("device", "")) == here and (known := _speed(trial)):
             found.setdefault(trial.label or brief(trial.params), []).append(known)
-    return found
+    return {**_timed(folder / OVERHEAD, here), **found}
+
+
+def _timed(file: Path, here: str) -> dict[str, list[tuple[float, float]]]:
+    rows = json.loads(file.read_text()) if file.exists() else []
+    known: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if _device_kind(row["device"]) == here:
+            known[row["arm"], row["metric"]] = row["dense"]
+            known[row["twin"], row["metric"]] = row["plain"]
+    trained = {arm: speed for (arm, metric), speed in known.items() if metric == "train_tokens_per_second"}
+    return {arm: [(known[arm, "flops_per_token"], speed)] for arm, speed in trained.items()}
+
+
+def _device_kind(described: str) -> str:
+    """Without the number of a GPU."""
+    return described.split(" ", 1)[-1]
 
 
 def _speed(trial: TrialView) -> tuple[float, float] | None:

@@ -61,11 +61,11 @@ def command(
     rows = overhead.measure(
         overhead.pairs(found), device, settings, lambda arm: click.echo(f"measured {arm}", err=True)
     )
-    write_json(folder / overhead.FILE, overhead.as_json(rows))
+    write_json(folder / overhead.OVERHEAD, overhead.as_json(rows))
     if as_json:
         options.print_json(overhead.as_json(rows))
         return
-    _print(rows, folder / overhead.FILE)
+    _print(rows, folder / overhead.OVERHEAD)
 
 
 def _print(rows: list[Row], file: Path) -> None:

@@ -138,6 +138,17 @@ def test_times_come_from_finished_runs(tmp_path: Path) -> None:
     assert plan(loaded, folder, "cpu").rows[1].source == "scaled"
 
 
+def test_times_come_from_overhead_where_nothing_has_run_yet(tmp_path: Path) -> None:
+    loaded = study(tmp_path, ARMS)
+    dense = plan(loaded, device="cpu").rows[1]
+    device = choose_place("cpu", "auto").describe()
+    told = {"flops_per_token": dense.flops_per_token, "train_tokens_per_second": 200.0}
+    rows = [{"arm": "dense", "twin": "m = 0", "metric": m, "dense": v, "plain": v} for m, v in told.items()]
+    for where, source in ((device, "measured"), ("cuda:0 (A GPU)", "guessed")):
+        (tmp_path / "overhead.json").write_text(json.dumps([{**row, "device": where} for row in rows]))
+        assert plan(loaded, tmp_path, "cpu").rows[1].source == source
+
+
 def test_another_device_says_nothing_about_this_one(tmp_path: Path) -> None:
     loaded = study(tmp_path, ARMS)
     train = loaded.cell("plain", 0).train
