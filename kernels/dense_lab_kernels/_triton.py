@@ -120,23 +120,26 @@ _MOST_BINARIES = 4096  # remembered launches; each length of a sequence is one o
 _binaries: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
 
-def launch(kernel: Any, programs: int, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
-    """`kernel[(programs,)](*arguments, **options)`, remembering which binary serves equal sizes, types and options.
+def launch(
+    kernel: Any, programs: int | tuple[int, int, int], arguments: Sequence[Any], options: Mapping[str, Any]
+) -> None:
+    """`kernel[programs](*arguments, **options)`, remembering which binary serves equal sizes, types and options.
 
-    arguments: every parameter that is no constexpr, in order. Finding the binary is most of what a launch costs the
+    arguments: every parameter that is no constexpr, in order (constexprs too, where one stands among them). Finding the binary is most of what a launch costs the
     host, and passes of many launches over small tensors are bound by it.
     """
+    grid = programs if isinstance(programs, tuple) else (programs, 1, 1)
     if INTERPRETED:
-        kernel[(programs,)](*arguments, **options)
+        kernel[grid](*arguments, **options)
         return
     kinds = [argument if type(argument) is int else _kind(argument) for argument in arguments]
     key = (id(kernel), torch.cuda.current_device(), *kinds, *options.values())
     known = _binaries.get(key)
     if known is not None:
         binary, constants = known
-        binary[(programs, 1, 1)](*arguments, *constants)
+        binary[grid](*arguments, *constants)
         return
-    binary = kernel[(programs,)](*arguments, **options)
+    binary = kernel[grid](*arguments, **options)
     if len(_binaries) >= _MOST_BINARIES:
         _binaries.clear()
     _binaries[key] = binary, tuple(options[name] for name in kernel.arg_names[len(arguments) :])

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, processors, unsupported_place
+from dense_lab_kernels._triton import Launch, Sm90Case, applied, compile_once, launch, processors, unsupported_place
 from dense_lab_kernels.selective_scan import triton_backward as backward
 from dense_lab_kernels.selective_scan import triton_forward as forward
 from dense_lab_kernels.selective_scan import triton_gradients as gradients
@@ -137,8 +137,8 @@ def _chosen(segment: int) -> dict[str, int]:
     return {"back": segment}
 
 
-def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    kernel[grid](*arguments, **options)
+def _run(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **options: Any) -> None:
+    launch(kernel, grid, arguments, options)
 
 
 class _Inputs(NamedTuple):
@@ -213,7 +213,7 @@ def _join(plan: Plan, inputs: _Inputs, states: Tensor, crossed: Tensor, spans: T
     """Turn the segments' own contributions into the states they start from; `first` becomes what is left at the end."""
     width = 128
     segments = states.shape[2]
-    grid = (math.ceil(plan.channels * plan.states / width), plan.batch)
+    grid = (math.ceil(plan.channels * plan.states / width), plan.batch, 1)
     flags = plan.flags()
     inputs.run(
         forward.join, grid, states, crossed, spans, inputs.A, first, plan.channels, plan.states, segments,
@@ -254,7 +254,7 @@ def _adjoint(
     tokens = (*inputs.dt, *inputs.gates, grad, *((inputs.z, saved["raw"]) if plan.gated else ()))
     tables = inputs.shared[-1:]
 
-    def launch(entry: Tensor, last: Tensor, output: bool) -> None:
+    def walk(entry: Tensor, last: Tensor, output: bool) -> None:
         inputs.run(
             backward.adjoint, _walk_grid(plan, plan.segments),
             tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), inputs.A, inputs.bias,
@@ -267,10 +267,10 @@ def _adjoint(
     entry = final.unsqueeze(2)
     if plan.segments > 1:
         entry = torch.empty(plan.states_of(plan.segments), device=device)
-        launch(torch.zeros_like(entry), entry, False)
+        walk(torch.zeros_like(entry), entry, False)
         _join(plan, inputs, entry, saved["crossed"], saved["spans"], final.clone(), "backward")
     last = torch.empty_like(entry)
-    launch(entry, last, True)
+    walk(entry, last, True)
     return dz, ends, last[:, :, 0]
 
 
@@ -513,7 +513,7 @@ def selective_scan(
     )  # fmt: skip
     states = source_states or (None,) * len(sources)
     extra = [t for s, gate, state in zip(sources, gates, states, strict=True) for t in (*s, gate, state)]
-    out, final, *others = _SelectiveScan.apply(plan, u, dt, A, B, C, D, z, dt_bias, initial_state, *extra)
+    out, final, *others = applied(_SelectiveScan, plan, u, dt, A, B, C, D, z, dt_bias, initial_state, *extra)
     return out, final, tuple(others)
 
 
