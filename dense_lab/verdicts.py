@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from dense_lab.training.device import Place
 
 _REMEMBERED = 4000
+_FORMAT = 2
+"""Of a remembered finding."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Finding:
 
     operation: str
     implementation: str
+    judged: str
+    """"forward and backward", or "forward"."""
     dtype: str
     shapes: str
     size: str
@@ -66,7 +70,8 @@ def machine(place: Place) -> str:
         device = torch.cuda.get_device_name(place.device)
     else:
         device = f"{platform.machine()} {_processor()}"
-    return f"{device}, torch {torch.__version__}, triton {_version('triton')}, dense-lab {__version__}"
+    versions = f"torch {torch.__version__}, triton {_version('triton')}, dense-lab {__version__}"
+    return f"{device}, {versions}, verdicts {_FORMAT}"
 
 
 def _processor() -> str:

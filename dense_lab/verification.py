@@ -138,7 +138,8 @@ def _judged(case: Case, verdicts: dict[str, Any]) -> Iterator[str]:
 
 
 def _finding(library: Any, call: Any, case: Case) -> Finding:
-    head = (call.operation, call.implementation)
+    passes = "forward" if call.gradients == "none" else "forward and backward"
+    head = (call.operation, call.implementation, passes)
     try:
         verdict = library.judge(call)
     except (RuntimeError, ValueError) as error:  # What torch, Triton and operations raise.

@@ -61,11 +61,22 @@ def runs_of(study: Path | None, overrides: tuple[str, ...]) -> list[RunSpec]:
 
 
 def _print(findings: list[Finding]) -> None:
-    columns = ("operation", "implementation", "dtype", "batch, length", "shapes", "worst", "of allowed", "verdict")
+    columns = ("operation", "by", "judged", "dtype", "batch, length", "shapes", "worst", "of allowed", "verdict")
+        "operation",
+        "implementation",
+        "judged",
+        "dtype",
+        "batch, length",
+        "shapes",
+        "worst",
+        "of allowed",
+        "verdict",
+    )
     rows = (
         (
             found.operation,
             found.implementation,
+            found.judged,
             found.dtype,
             found.size,
             found.shapes,

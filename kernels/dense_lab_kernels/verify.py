@@ -280,5 +280,5 @@ def rounding_band(dtype: torch.dtype, exact: Tensor) -> tuple[float, float]:
 
 def _shape(value: Any) -> str:
     if isinstance(value, Tensor):
-        return str(list(value.shape))
+        return "x".join(map(str, value.shape)) or "number"
     return f"({', '.join(_shape(item) for item in value)})"
