@@ -62,16 +62,6 @@ def runs_of(study: Path | None, overrides: tuple[str, ...]) -> list[RunSpec]:
 
 def _print(findings: list[Finding]) -> None:
     columns = ("operation", "by", "judged", "dtype", "batch, length", "shapes", "worst", "of allowed", "verdict")
-        "operation",
-        "implementation",
-        "judged",
-        "dtype",
-        "batch, length",
-        "shapes",
-        "worst",
-        "of allowed",
-        "verdict",
-    )
     rows = (
         (
             found.operation,
