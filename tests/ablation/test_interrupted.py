@@ -16,12 +16,12 @@ TINY = """\
 dense_lab: 1
 name: s
 data: {kind: mqar, seq_len: 32, vocab: 64, pairs: 2}
-model: {width: 16, depth: 2, core: {choice: [retnet, mamba]}, dropout: 10%}
+model: {width: 16, depth: 2, dropout: 10%}
 train: {tokens: 6k, batch_tokens: 128, evaluations: 6, valid_tokens: 256, test_tokens: 512, checkpoints: 3}
 arms:
-  retnet: {model.core: retnet, model.dense.span: 1}
-  mamba: {model.core: mamba}
-baseline: retnet
+  plain: {}
+  dense: {model.dense.span: 1}
+baseline: plain
 seeds: 2
 tune: {lr: [1e-3, 1e-2], tokens: 512}
 """
