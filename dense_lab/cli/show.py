@@ -46,8 +46,8 @@ def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     options.print_table(title, columns, cells, right=columns[1:])
     runs = planning.number_of_runs(loaded, rows)
     options.console().print(
-        f"{runs} runs, {human(tokens)} tokens in all: roughly {duration(seconds)} on this machine's processor, one after "
-        f"the other; `dense-lab plan` says more"
+        f"{runs} runs, {human(tokens)} tokens in all: roughly {duration(seconds)} on this machine's processor, one "
+        f"after the other; `dense-lab plan` says more"
     )
 
 
