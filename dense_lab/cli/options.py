@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dense_lab.space import Study
+    from dense_lab.study import RunSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,6 +49,7 @@ device = click.option("--device", default="auto", show_default=True, help="auto,
 def load_study(path: Path, overrides: Sequence[str]) -> Study:
     """The study of a YAML file with `--set` overrides applied; raises InputError."""
     from dense_lab.space import Study
+    from dense_lab.study import RunSpec
     from dense_lab.space_set import split_override
 
     return Study.load(path, [split_override(text) for text in overrides])
@@ -75,6 +77,19 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def judge_kernels(runs: Iterable[RunSpec], device: str, allow: Literal["verified", "unverified"]) -> None:
+    """Judge the operations that the runs use, unless that is remembered; raises KernelError. Says so if it took long."""
+    import time
+
+    from dense_lab.verification import ensure
+
+    begin = time.perf_counter()
+    found = ensure(runs, device, allow)
+    seconds = time.perf_counter() - begin
+    if seconds > 1:
+        click.echo(f"kernels judged on this machine in {seconds:.0f} s, remembered from now on: {found}", err=True)
 
 
 def print_json(value: Any) -> None:

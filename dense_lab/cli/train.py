@@ -40,9 +40,8 @@ def command(
     spec = loaded.point({})
     from dense_lab.training import train
     from dense_lab.units import human
-    from dense_lab.verification import ensure
 
-    ensure([spec], device, allow)
+    options.judge_kernels([spec], device, allow)
     folder = out or runs / loaded.name / "single"
     console = options.console()
 
