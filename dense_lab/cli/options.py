@@ -49,7 +49,6 @@ device = click.option("--device", default="auto", show_default=True, help="auto,
 def load_study(path: Path, overrides: Sequence[str]) -> Study:
     """The study of a YAML file with `--set` overrides applied; raises InputError."""
     from dense_lab.space import Study
-    from dense_lab.study import RunSpec
     from dense_lab.space_set import split_override
 
     return Study.load(path, [split_override(text) for text in overrides])
@@ -80,7 +79,7 @@ def console() -> Console:
 
 
 def judge_kernels(runs: Iterable[RunSpec], device: str, allow: Literal["verified", "unverified"]) -> None:
-    """Judge the operations that the runs use, unless that is remembered; raises KernelError. Says so if it took long."""
+    """Judge the operations that the runs use, unless that is remembered; raises KernelError."""
     import time
 
     from dense_lab.verification import ensure

@@ -67,9 +67,8 @@ def command(
     loaded = options.load_study(study, overrides)
     loaded.check_sizes()
     from dense_lab.search import search
-    from dense_lab.verification import ensure
 
-    ensure((loaded.point(point) for point in loaded.covering()), device, allow)
+    options.judge_kernels((loaded.point(point) for point in loaded.covering()), device, allow)
     folder = runs / loaded.name
     go = functools.partial(
         search,
