@@ -93,14 +93,44 @@ def pick(x, place, AXIS: tl.constexpr):
     return tl.sum(tl.where(place, x, -0.0), axis=AXIS)
 
 
+def _steps(tokens: int, held: int) -> tuple[str, str]:
+    """PTX and operand types of `scan` for the numbers of a thread: `held` states of `tokens` tokens."""
+    count = tokens * held
+    code = [
+        f"fma.rn.f32 ${i}, ${count + i}, ${i - held if i >= held else 3 * count + i}, ${2 * count + i};"
+        for i in range(count)
+    ]
+    return " ".join(code), ",".join(["=&f"] * count + ["f"] * (3 * count))
+
+
+_SCAN_128, _SCAN_TYPES_128 = (tl.constexpr(x) for x in _steps(8, 16))
+_SCAN_32, _SCAN_TYPES_32 = (tl.constexpr(x) for x in _steps(4, 8))
+
+
 @triton.jit
 def scan(a, b, h, j, TILE: tl.constexpr):
-    """h_j = a_j h_{j-1} + b_j over the first axis, [TILE, NP, BLOCK]; the last state too, [NP, BLOCK]."""
-    states = b
-    for k in tl.static_range(TILE):
-        here = (j == k)[:, None, None]
-        h = pick(a, here, 0) * h + pick(b, here, 0)
-        states = tl.where(here, h[None, :, :], states)
+    """h_j = a_j h_{j-1} + b_j over the first axis, [TILE, NP, BLOCK]; the last state too, [NP, BLOCK].
+
+    A thread has all tokens of its states, states first. Written out for the usual sizes: the compiler takes a third of
+    the time, and half of the registers.
+    """
+    SIZE: tl.constexpr = h.shape[0] * h.shape[1]
+    if _FAST_EXP and TILE == 8 and SIZE == 512:
+        states = tl.inline_asm_elementwise(
+            _SCAN_128, _SCAN_TYPES_128, [a, b, h[None, :, :]], dtype=tl.float32, is_pure=True, pack=128
+        )
+        h = pick(states, (j == TILE - 1)[:, None, None], 0)
+    elif _FAST_EXP and TILE == 4 and SIZE == 256:
+        states = tl.inline_asm_elementwise(
+            _SCAN_32, _SCAN_TYPES_32, [a, b, h[None, :, :]], dtype=tl.float32, is_pure=True, pack=32
+        )
+        h = pick(states, (j == TILE - 1)[:, None, None], 0)
+    else:
+        states = b
+        for k in tl.static_range(TILE):
+            here = (j == k)[:, None, None]
+            h = pick(a, here, 0) * h + pick(b, here, 0)
+            states = tl.where(here, h[None, :, :], states)
     return states, h
 
 
