@@ -140,6 +140,8 @@ class _Search:
             reuse=options.reuse,
         )
         self.supervisor = Supervisor(self.job, options.workers, self.ledger)
+        self._asked = False
+        """Whether the user wants to stop; supervisors may change just then."""
         self._seen: dict[int, TrialView] = {}
 
     def run(self, on_progress: Callable[[Progress], None] | None) -> Outcome:
@@ -178,9 +180,12 @@ class _Search:
         manifest.update(self.folder, trials=plan.total, added=added, looks=looks)
         self.job = replace(self.job, plan=plan)
         self.supervisor = Supervisor(self.job, self.options.workers, self.ledger)
+        if self._asked:
+            self.supervisor.stop()
         return True
 
     def _stop(self) -> None:
+        self._asked = True
         self.supervisor.stop()
 
     def _snapshot(self) -> Progress:

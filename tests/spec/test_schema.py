@@ -38,12 +38,8 @@ def test_shipped_studies_are_valid(validator: jsonschema.Draft202012Validator, p
         of("search: {objective: [{minimize: valid/loss}, {maximize: tokens_per_second}]}"),
         of("budget: {params: 1M, tolerance: 1%, solve: width}"),
         of("kernels: {decay_attention: reference}\nseed: {choice: [1, 2]}"),
-        of(
-            "arms: {a: {}, b: {seed: 3, model: {width: 8}}}\nbaseline: a\nseeds: [1, 2]\ntune: {lr: [1e-3, 1%]}"
-        ),
-        of(
-            "ablate: {plan: factorial, baseline: {seed: 1}}\nseeds: 5\nanalysis: {alpha: 1%, correction: dunnett}"
-        ),
+        of("arms: {a: {}, b: {seed: 3, model: {width: 8}}}\nbaseline: a\nseeds: [1, 2]\ntune: {lr: [1e-3, 1%]}"),
+        of("ablate: {plan: factorial, baseline: {seed: 1}}\nseeds: 5\nanalysis: {alpha: 1%, correction: dunnett}"),
     ],
 )
 def test_what_is_valid_passes(validator: jsonschema.Draft202012Validator, text: str) -> None:
