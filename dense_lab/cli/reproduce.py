@@ -57,9 +57,8 @@ def command(
     from dense_lab.cli.live import Display
     from dense_lab.reproduce import reproduce
 
-    console = options.console()
     folder = what if (what / "spec.json").exists() else options.study_folder(what, runs)
-    with Display(console, "valid/loss") as display:
+    with Display(options.console(), "valid/loss") as display:
         made = reproduce(
             folder,
             into=into,

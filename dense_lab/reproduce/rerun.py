@@ -19,7 +19,7 @@ from dense_lab.reproduce.recorded import Recorded, recorded
 
 if TYPE_CHECKING:
     from dense_lab.results import StudyResults
-    from dense_lab.search import Progress
+    from dense_lab.search import Outcome, Progress
     from dense_lab.search.worker import Train
     from dense_lab.space import Study
 
@@ -102,7 +102,7 @@ def reproduce(
     on_progress: Callable[[Progress], None] | None = None,
     train: Train | None = None,
 ) -> Reproduction:
-    """Train what is recorded in `folder` again, into `into`, and compare; see the modules beside this one.
+    """Train what is recorded in `folder` again, into `into`, and compare.
 
     `folder` is a study's, one of its trials', or a single run's. `arms` and `seeds` choose from a study. Every other
     difference of the environment is told to `on_environment` and accepted; other data only with `other_data="allowed"`.
@@ -118,24 +118,36 @@ def reproduce(
     environment = differences(found, device, cores, registry.default())
     if on_environment:
         on_environment(found, environment)
-    if other_data == "refused" and (other := [one for one in environment if one.what == "data"]):
-        raise InputError(f"the data is not that of the recorded runs ({other[0]}): get it, or --allow-different-data")
+    if other_data == "refused":
+        _check_data(environment)
     study = _study(found, into)
     if train is None:
-        from dense_lab.verification import ensure
-
-        ensure((arm.spec.run() for arm in study.arms()), device, kernels)
+        _verify(study, device, kernels)
     with _threads(cores):
-        outcome = search(
-            study, into, workers=workers, device=device, mlflow_uri="none", on_progress=on_progress, train=train
-        )
-    held = Held(
-        found.metric, found.alpha, found.baseline, found.chosen, found.known, _cells(outcome.results, found.metric)
-    )
-    agreements = () if outcome.stopped else tuple(held.agreements())
-    made = Reproduction(found, into, tuple(environment), agreements, outcome.stopped)
+        options: dict[str, Any] = {"workers": workers, "device": device, "on_progress": on_progress, "train": train}
+        outcome = search(study, into, mlflow_uri="none", **options)
+    made = _held(found, into, environment, outcome)
     write_json(into / RECORD, made.as_json())
     return made
+
+
+def _verify(study: Study, device: str, kernels: Literal["verified", "unverified"]) -> None:
+    from dense_lab.verification import ensure
+
+    ensure((arm.spec.run() for arm in study.arms()), device, kernels)
+
+
+def _check_data(environment: list[Difference]) -> None:
+    other = [one for one in environment if one.what == "data"]
+    if other:
+        raise InputError(f"the data is not that of the recorded runs ({other[0]}): get it, or --allow-different-data")
+
+
+def _held(found: Recorded, into: Path, environment: list[Difference], outcome: Outcome) -> Reproduction:
+    new = _cells(outcome.results, found.metric)
+    held = Held(found.metric, found.alpha, found.baseline, found.chosen, found.known, new)
+    agreements = () if outcome.stopped else tuple(held.agreements())
+    return Reproduction(found, into, tuple(environment), agreements, outcome.stopped)
 
 
 def _study(found: Recorded, into: Path) -> Study:
