@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dense_lab import registry
 from dense_lab.errors import InputError
 from dense_lab.files import write_json
 from dense_lab.reproduce.agreement import Agreement, Cells, Held
@@ -109,7 +111,6 @@ def reproduce(
     Operations that are wrong on this machine are refused as in a search, unless `kernels` is "unverified".
     Raises InputError when there is nothing to train again, when the stored specs cannot be read, or for other data.
     """
-    from dense_lab import registry
     from dense_lab.search import search
 
     found = recorded(folder, arms, seeds)
@@ -152,9 +153,6 @@ def _held(found: Recorded, into: Path, environment: list[Difference], outcome: O
 
 def _study(found: Recorded, into: Path) -> Study:
     """The study of the new runs; raises InputError when some of its specs are not the stored ones."""
-    import json
-
-    from dense_lab import registry
     from dense_lab.files import write_text
     from dense_lab.reproduce.recorded import stored_spec
     from dense_lab.space import Study
