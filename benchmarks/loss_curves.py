@@ -38,7 +38,15 @@ from dense_lab.training.schedule import learning_rate
 CORES = ("retnet", "gau_retnet", "mamba")
 DENSE: dict[str, Any] = {"plain": "none", "dense": {"kind": "densessm", "span": 1}}
 ARMS = [f"{core} {kind}" for core in CORES for kind in DENSE]
-BATCH, TOKENS, VALID = 16, 128, 32768
+VALID = 32768
+
+
+class Size(NamedTuple):
+    """Sequences, their length, and steps."""
+
+    batch: int
+    tokens: int
+    steps: int
 
 
 class Curve(NamedTuple):
@@ -58,7 +66,7 @@ class Curve(NamedTuple):
     """Of those that begin half a rounding away from the first, which is 0."""
 
 
-def run(corpus: Any, arm: str, by: str, start: tuple[int, int], place: Place, steps: int) -> Curve:
+def run(corpus: Any, arm: str, by: str, start: tuple[int, int], place: Place, size: Size) -> Curve:
     """Train one model from `start`, (seed, twin); nothing is written."""
     seed, twin = start
     begin = time.perf_counter()
@@ -70,10 +78,11 @@ def run(corpus: Any, arm: str, by: str, start: tuple[int, int], place: Place, st
     if twin:
         nudge(model, torch.finfo(place.dtype).eps / 2, twin)
     train = TrainSpec(lr=3e-3)
-    step = build_step(model, build_optimizer(model, train), place, BATCH, train.clip)
-    batches = corpus.train_batches(BATCH, seed, skip=0)
-    losses = [step(next(batches), learning_rate(train, i + 1, steps)).loss for i in range(steps)]
-    valid = evaluate(model, corpus, "valid", BATCH, VALID if steps >= 100 else 4096, place)["valid/loss"]
+    step = build_step(model, build_optimizer(model, train), place, size.batch, train.clip)
+    batches = corpus.train_batches(size.batch, seed, skip=0)
+    losses = [step(next(batches), learning_rate(train, i + 1, size.steps)).loss for i in range(size.steps)]
+    tokens = VALID if size.steps >= 100 else 4096
+    valid = evaluate(model, corpus, "valid", size.batch, tokens, place)["valid/loss"]
     ran = ",".join(sorted(set(model.ran.values())))
     return Curve(arm, seed, by, ran, torch.stack(losses).tolist(), valid, time.perf_counter() - begin, twin)
 
@@ -153,13 +162,16 @@ class Plan(NamedTuple):
         yield from (("references", (0, twin)) for twin in range(self.references))
 
 
-def train_all(plan: Plan, device: str, steps: int, known: list[Curve]) -> Iterator[Curve]:
+def train_all(plan: Plan, device: str, size: Size, known: list[Curve]) -> Iterator[Curve]:
     """What is known, and what the plan has beyond it."""
     place = choose_place(device, "auto")
     name = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, {place.dtype}, {steps} steps of B{BATCH} T{TOKENS}", flush=True)
+    print(
+        f"{name}, torch {torch.__version__}, {place.dtype}, {size.steps} steps of B{size.batch} T{size.tokens}",
+        flush=True,
+    )
     data = registry.default().find("data", "python_source")
-    corpus = data.model_validate({"tokenizer": "byte", "seq_len": TOKENS}).prepare()
+    corpus = data.model_validate({"tokenizer": "byte", "seq_len": size.tokens}).prepare()
     for arm in ARMS:
         mine = [curve for curve in known if curve.arm == arm]
         yield from mine
@@ -167,7 +179,7 @@ def train_all(plan: Plan, device: str, steps: int, known: list[Curve]) -> Iterat
         for by, start in plan.runs() if arm in plan.arms else ():
             if (by, start) in done:
                 continue
-            curve = run(corpus, arm, by, start, place, steps)
+            curve = run(corpus, arm, by, start, place, size)
             twin = f" twin {curve.twin}" if curve.twin else ""
             print(
                 f"{arm:18} seed {curve.seed}{twin} {by:10} valid/loss {curve.valid:.4f}  {curve.seconds:.1f} s",
@@ -184,6 +196,8 @@ def read(path: Path) -> list[Curve]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--seeds", type=int, default=8, help="with kernels")
@@ -198,10 +212,11 @@ def main() -> int:
         draw(curves, options.draw[1])
         return 0 if compare(curves) else 1
     plan = Plan(options.arms, options.seeds, options.twins, options.references)
+    size = Size(options.batch, options.tokens, options.steps)
     known = read(options.add) if options.add else []
     options.out.parent.mkdir(parents=True, exist_ok=True)
     curves = []
-    for curve in train_all(plan, options.device, options.steps, known):
+    for curve in train_all(plan, options.device, size, known):
         curves.append(curve)
         options.out.write_text(json.dumps([each._asdict() for each in curves]))
     return 0 if compare(curves) else 1

@@ -36,7 +36,6 @@ def curves(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "loss_curves", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "BATCH", 2)
     return module
 
 
@@ -44,7 +43,7 @@ def curves(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def found(curves: ModuleType) -> list:
     place = curves.choose_place("cpu", "fp32")
     plan = curves.Plan(["mamba dense"], seeds=3, twins=2, references=1)
-    return [curves.run(Text(), "mamba dense", by, start, place, 3) for by, start in plan.runs()]
+    return [curves.run(Text(), "mamba dense", by, start, place, curves.Size(2, 24, 3)) for by, start in plan.runs()]
 
 
 def test_kernels_train_as_references_do(curves: ModuleType, found: list, tmp_path: Path, capsys) -> None:
