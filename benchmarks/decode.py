@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+from typing import Literal
 
 import torch
 
@@ -53,13 +54,13 @@ def steps(decoder: Decoder, count: int = 200) -> tuple[float, float, float]:
     return times[count // 2], times[count // 10], times[count * 9 // 10]
 
 
-def prefill(model: LanguageModel, batch: int, tokens: int) -> list[float]:
-    """Milliseconds from a prompt to its first new token, six times; the first compiles."""
+def prefill(model: LanguageModel, batch: int, tokens: int, how: Literal["eager", "recorded"]) -> list[float]:
+    """Milliseconds from a prompt to its first new token, six times; the first compiles, the second may record."""
     ids, found = prompt(batch, tokens), []
     for _ in range(6):
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        Decoder(model, ids).token.tolist()
+        Decoder(model, ids, prompt=how).token.tolist()
         found.append((time.perf_counter() - begin) * 1e3)
     return found
 
@@ -104,9 +105,10 @@ def main() -> None:
             flush=True,
         )
         if span == 1:
-            for batch in (1, 6):
-                times = prefill(model, batch, 512)
-                print(f"m=1 prompt of 512, batch {batch}: {min(times):.1f} ms (first {times[0]:.0f} ms)", flush=True)
+            for batch, how in itertools.product((1, 6), ("eager", "recorded")):
+                times = prefill(model, batch, 512, how)
+                text = ", ".join(f"{ms:.1f}" for ms in times)
+                print(f"m=1 prompt of 512, batch {batch}, {how}: {min(times):.1f} ms of {text}", flush=True)
             if options.profile:
                 profile(decoder)
         del model, decoder

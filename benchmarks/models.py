@@ -5,6 +5,7 @@
     python benchmarks/models.py speed trial --eager  # the same step without a graph
     python benchmarks/models.py profile 350m-m1      # kernels of one step by time
     python benchmarks/models.py first trial          # time to the first step, in a process of its own
+    python benchmarks/models.py first trial --compiled ahead  # the same with all kernels compiled side by side before
 
 bf16 autocast over float32 weights, AdamW, clipping, dropout as the model has it; random tokens. Step times are those of
 single steps between events: median [10 %, 90 %]. 350m: DenseRetNet-350M (m earlier layers), B8 T2048, 32,000 tokens.
@@ -27,6 +28,7 @@ STARTED = time.perf_counter()
 
 import torch  # noqa: E402 - the clock runs before
 
+from dense_lab import registry as registries  # noqa: E402
 from dense_lab.corpus import Batch  # noqa: E402
 from dense_lab.model import LanguageModel, ModelSpec  # noqa: E402
 from dense_lab.presets import expand  # noqa: E402
@@ -89,6 +91,12 @@ class Training:
         self.step: StepFunction = kind(*arguments)
         self.generator = torch.Generator().manual_seed(0)
 
+    def compile_ahead(self) -> None:
+        """Have the step's kernels compiled."""
+        ids = torch.zeros(self.case.batch, self.case.tokens, dtype=torch.int64, device="cuda")
+        with registries.default().compiled_ahead(), torch.autocast("cuda", torch.bfloat16):
+            self.model.loss(ids, ids)
+
     def run(self, steps: int) -> Iterator[torch.Tensor]:
         """Yields the loss of each step, still on the device."""
         for _ in range(steps):
@@ -141,8 +149,11 @@ def profile(name: str, rows: int = 45) -> None:
         print(f"  {milliseconds:8.3f} ms  x{times:5.0f}  {key[:110]}")
 
 
-def first(name: str, most: int = 9) -> None:
-    """Print how long the first steps take in this process, and those of further architectures."""
+def first(name: str, most: int, compiled: str) -> None:
+    """Print how long the first steps take in this process, and those of further architectures.
+
+    compiled: "as met", or "ahead": a pass before the first step that launches nothing, with all kernels side by side.
+    """
     torch.ones(1, device="cuda").sum().item()
     print(f"{name}: imports and CUDA {time.perf_counter() - STARTED:.1f} s", flush=True)
     for each in [name, *NEXT.get(name, ())][:most]:
@@ -150,6 +161,10 @@ def first(name: str, most: int = 9) -> None:
         training = Training({**CASES, **OTHERS}[each], drawn="on the CPU")  # As a run does it.
         torch.cuda.synchronize()
         built, seconds = time.perf_counter() - begin, []
+        if compiled == "ahead":
+            begin = time.perf_counter()
+            training.compile_ahead()
+            print(f"  {each:12} compiled ahead in {time.perf_counter() - begin:.2f} s", flush=True)
         for _ in range(4):
             begin = time.perf_counter()
             next(training.run(1)).item()
@@ -173,9 +188,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=[])
     parser.add_argument("--eager", action="store_true", help="without a graph")
     parser.add_argument("--most", type=int, default=9, help="architectures of `first`")
+    parser.add_argument("--compiled", choices=["as met", "ahead"], default="as met", help="kernels of `first`")
     options = parser.parse_args()
     if options.what == "first":
-        first(options.names[0] if options.names else "trial", options.most)
+        first(options.names[0] if options.names else "trial", options.most, options.compiled)
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     for name in options.names or CASES:

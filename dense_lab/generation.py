@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,8 +56,18 @@ class Decoder:
     Changes of the model's weights after the first step go unseen on a GPU.
     """
 
-    def __init__(self, model: LanguageModel, ids: Tensor, sampling: Sampling = GREEDY, seed: int = 0) -> None:
-        """ids [B, T] on the model's device; T >= 1. The model is used as it is: put it in evaluation mode before."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        ids: Tensor,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        prompt: Literal["eager", "recorded"] = "eager",
+    ) -> None:
+        """ids [B, T] on the model's device; T >= 1. The model is used as it is: put it in evaluation mode before.
+
+        prompt: how the pass over ids is run, see `prefill`.
+        """
         if ids.ndim != 2 or not ids.numel():
             raise InputError(f"generate: the prompt must have shape [batch, tokens >= 1], got {list(ids.shape)}")
         self.model, self.sampling = model, sampling
@@ -68,7 +78,7 @@ class Decoder:
         self._stream = torch.cuda.Stream(ids.device) if ids.is_cuda else None
         self._products = MergedProducts() if ids.is_cuda else contextlib.nullcontext()
         with torch.no_grad():
-            logits, state = prefill(model, ids)
+            logits, state = prefill(model, ids, prompt)
             self._state = _buffers(state)
             self.token = sampling.choose(logits, self.generator)
             """[B] int64: the newest token of each sequence; overwritten by the next `advance`."""

@@ -1,4 +1,4 @@
-"""The pass over a prompt. From the second prompt of a shape on, a GPU replays it as a CUDA graph.
+"""The pass over a prompt, as a CUDA graph from the second prompt of a shape on where that is asked for.
 
 Hundreds of launches over a few hundred tokens are bound by the host. What the first prompt of a shape costs remains.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ _MOST_TOKENS = 8192
 
 
 class Prefilled(NamedTuple):
-    """What a pass over a prompt gives; valid until the next pass over one of the same shape."""
+    """What a pass over a prompt gives; if recorded, valid until the next pass over one of the same shape."""
 
     logits: Tensor
     """[B, V] after the last token."""
@@ -31,9 +31,9 @@ class Prefilled(NamedTuple):
 
 
 @torch.no_grad()
-def prefill(model: LanguageModel, ids: Tensor) -> Prefilled:
-    """Logits after the prompts ids [B, T], and the state."""
-    if not ids.is_cuda or ids.numel() > _MOST_TOKENS:
+def prefill(model: LanguageModel, ids: Tensor, how: Literal["eager", "recorded"] = "eager") -> Prefilled:
+    """Logits after the prompts ids [B, T], and the state; "recorded" keeps a GPU's pass over a shape that returns."""
+    if how == "eager" or not ids.is_cuda or ids.numel() > _MOST_TOKENS:
         return _run(model, ids)
     passes = _passes.setdefault(model, OrderedDict())
     key = _key(model, ids)

@@ -164,6 +164,15 @@ class Registry:
             yield
 
     @contextmanager
+    def compiled_ahead(self) -> Iterator[None]:
+        """Within the block operations only prepare their kernels, all side by side; results may be undefined."""
+        with ExitStack() as stack:
+            for library in self.kernels:
+                if hasattr(library, "compiling_ahead"):
+                    stack.enter_context(library.compiling_ahead())
+            yield
+
+    @contextmanager
     def states_reused(self) -> Iterator[None]:
         """Within the block, operations may write the state after a single token where the state before it was."""
         with ExitStack() as stack:

@@ -49,7 +49,7 @@ def test_a_recorded_prompt_is_the_eager_one_and_sees_new_weights(core: str) -> N
     first, other = prompt("cuda"), prompt("cuda").flip(1)
 
     def run(ids: torch.Tensor) -> list[torch.Tensor]:
-        logits, state = prefill(model, ids)
+        logits, state = prefill(model, ids, "recorded")
         return [logits.clone(), *(t.clone() for t in torch.utils._pytree.tree_leaves(state))]
 
     def passed(ids: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 Every operation takes and returns its recurrent state explicitly and accepts `impl=`; see `_dispatch` for who runs when.
 """
 
+from dense_lab_kernels._ahead import compiling_ahead
 from dense_lab_kernels._dispatch import (
     ImplementationError,
     implementations,
@@ -40,6 +41,7 @@ __all__ = [
     "ImplementationError",
     "add_rms_norm",
     "causal_conv1d",
+    "compiling_ahead",
     "decay_attention",
     "dense_fuse",
     "fingerprint",

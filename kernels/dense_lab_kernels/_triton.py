@@ -23,6 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dense_lab_kernels import _ahead
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED_PROCESSORS = 2  # few, so that tiny test shapes still walk the loops of persistent programs
 
@@ -111,8 +113,13 @@ def compile_once(key: Hashable, launches: Callable[[], Iterable[Launch]]) -> Non
                 compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
                 _ = compiled.run  # Builds the launcher and loads the binary, which would else happen one by one.
 
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(compile_one, launches()))
+        ahead = _ahead.current()
+        if ahead is not None:
+            for work in launches():
+                ahead.start(compile_one, work)
+        else:
+            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+                list(pool.map(compile_one, launches()))
         _compiled.add(key)
 
 
@@ -125,9 +132,11 @@ def launch(
 ) -> None:
     """`kernel[programs](*arguments, **options)`, remembering which binary serves equal sizes, types and options.
 
-    arguments: every parameter that is no constexpr, in order (constexprs too, where one stands among them). Finding the binary is most of what a launch costs the
-    host, and passes of many launches over small tensors are bound by it.
+    arguments: every parameter that is no constexpr, in order (constexprs too, where one stands among them). Finding the
+    binary is most of what a launch costs the host, and passes of many launches over small tensors are bound by it.
     """
+    if _ahead.current() is not None:
+        return
     grid = programs if isinstance(programs, tuple) else (programs, 1, 1)
     if INTERPRETED:
         kernel[grid](*arguments, **options)

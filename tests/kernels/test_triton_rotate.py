@@ -9,6 +9,7 @@ import pytest
 import torch
 from accuracy import as_dtype, assert_as_accurate, run_with_gradients
 
+from dense_lab_kernels import compiling_ahead
 from dense_lab_kernels.rotate import rotate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -75,6 +76,14 @@ def test_two_tensors_at_once(activation: str, scale: float, dtype: torch.dtype) 
     torch.testing.assert_close(exact["output[0]"], rotate(inputs["x"].to(dtype).double(), **options, scale=scale))
     torch.testing.assert_close(exact["output[1]"], rotate(inputs["also"].to(dtype).double(), start=options["start"]))
     assert {"dx", "dalso"} <= found.keys()
+
+
+def test_nothing_runs_while_kernels_are_compiled_ahead() -> None:
+    x = torch.randn(1, 3, 1, 8, device=DEVICE, requires_grad=True)
+    with compiling_ahead():
+        ahead = rotate(x, impl="triton")
+    assert ahead.isnan().all()
+    torch.testing.assert_close(rotate(x, impl="triton"), rotate(x, impl="reference"))
 
 
 def test_pieces_agree_with_the_whole() -> None:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, unsupported_place
+from dense_lab_kernels._triton import Launch, Sm90Case, compile_once, launch, unsupported_place
 from dense_lab_kernels.linear_cross_entropy.chunked import LinearCrossEntropy
 
 __all__ = ["linear_cross_entropy", "sm90_cases", "unsupported"]
@@ -66,10 +66,10 @@ def _rows(logits: Tensor, targets: Tensor, ignored: int, then: Literal["keep", "
     block, warps = _block(logits.shape[1])
     sizes = (logits.stride(0), logits.shape[1], ignored)
     options = {"GRADIENT": then == "gradient", "BLOCK": block, "num_warps": warps}
-    launch = Launch(_rows_kernel, (logits, targets, losses, *sizes), options)
+    work = Launch(_rows_kernel, (logits, targets, losses, *sizes), options)
     with torch.cuda.device_of(logits):
-        compile_once((_OPERATION, logits.dtype, logits.shape[1] % 16, *options.values()), lambda: [launch])
-        _rows_kernel[(len(logits),)](*launch.arguments, **options)
+        compile_once((_OPERATION, logits.dtype, logits.shape[1] % 16, *options.values()), lambda: [work])
+        launch(work.kernel, len(logits), work.arguments, work.options)
     return losses
 
 

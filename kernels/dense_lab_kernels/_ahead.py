@@ -1,0 +1,52 @@
+"""A pass in which kernels are compiled, all side by side, and nothing is launched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+
+class Compilations:
+    """Those under way."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._started: list[Future[Any]] = []
+
+    def start(self, work: Callable[..., Any], *arguments: Any) -> None:
+        """Have `work` done meanwhile."""
+        self._started.append(self._pool.submit(work, *arguments))
+
+    def finish(self) -> None:
+        """Wait; raises what a compilation raised."""
+        for future in self._started:
+            future.result()
+
+
+_current: ContextVar[Compilations | None] = ContextVar("dense_lab_kernels_ahead", default=None)
+
+
+def current() -> Compilations | None:
+    """Those that this call adds to, within `compiling_ahead()`."""
+    return _current.get()
+
+
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Within the block Triton kernels are compiled but not launched: their results are what memory held before.
+
+    One operation after the other would wait for its own kernels; after this all are there, in the time of the slowest.
+    For other implementations it changes nothing. Raises what a compilation raised.
+    """
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        compilations = Compilations(pool)
+        token = _current.set(compilations)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+        compilations.finish()
