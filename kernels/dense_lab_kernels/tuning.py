@@ -19,7 +19,7 @@ import torch
 from dense_lab_kernels import _tuned
 from dense_lab_kernels._dispatch import Call
 from dense_lab_kernels._tuned import Changes, Met
-from dense_lab_kernels.verify import call_again
+from dense_lab_kernels.verify import repeated
 
 GAIN = 0.02
 """Least part of the time that a change must save: less is noise."""
@@ -43,10 +43,11 @@ Timer = Callable[[Callable[[], Any]], float]
 
 
 def milliseconds(work: Callable[[], Any]) -> float:
-    """Median time of `work` on the GPU."""
-    from triton.testing import do_bench
+    """Median time of `work` on the GPU, in a CUDA graph, as training runs it: the host's time does not count."""
+    from triton.testing import do_bench_cudagraph
 
-    return float(do_bench(work, warmup=5, rep=30, return_mode="median"))
+    work()
+    return float(do_bench_cudagraph(work, rep=40, return_mode="median"))
 
 
 def tune(call: Call, time: Timer = milliseconds) -> Iterator[Gain]:
@@ -61,7 +62,7 @@ def tune(call: Call, time: Timer = milliseconds) -> Iterator[Gain]:
         return
     fastest = rule_ms
     with _tuned.trying({}) as met:
-        call_again(call)
+        repeated(call)()
     for key, rule in met.items():
         for name, value in _others(rule):
             trial = {**best, key: {**best.get(key, {}), name: value}}
@@ -89,7 +90,7 @@ def _time(call: Call, choices: Mapping[tuple[str, str], Changes], time: Timer) -
     """None for what does not compile, does not fit, or is refused by the rule."""
     with _tuned.trying(choices):
         try:
-            return time(lambda: call_again(call))
+            return time(repeated(call))
         except (RuntimeError, ValueError) as error:  # Triton's and torch's errors, and the rules' own.
             if isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -139,11 +139,26 @@ def judge(call: Call) -> Verdict:
     return verify(call.operation, call.implementation, tensors, options, of)
 
 
-def call_again(call: Call) -> dict[str, Tensor]:
-    """Make a call again by the implementation that ran it: results and gradients, see `run_with_gradients`."""
+def repeated(call: Call) -> Callable[[], None]:
+    """What makes a call again, forward and, where gradients were wanted, backward; nothing else, to be timed."""
     tensors, options, of = _parts(call)
     public = getattr(importlib.import_module(f"dense_lab_kernels.{call.operation}"), call.operation)
-    return run_with_gradients(lambda **given: public(**given, **options, impl=call.implementation), tensors, of=of)
+    given = {name: copy_of(value) for name, value in tensors.items()}
+    leaves = [tensor for tensor in flat(tuple(given.values())) if tensor.requires_grad and of != "none"]
+
+    def forward() -> list[Tensor]:
+        with torch.set_grad_enabled(of != "none"):
+            results = flat((public(**given, **options, impl=call.implementation),))
+        return [result for result in results if result.requires_grad]
+
+    upstreams = [torch.randn_like(result) for result in forward()]
+
+    def work() -> None:
+        results = forward()
+        if results:
+            torch.autograd.grad(results, leaves, upstreams, allow_unused=True)
+
+    return work
 
 
 def _parts(call: Call) -> tuple[dict[str, Any], dict[str, Any], Of]:

@@ -10,7 +10,7 @@ import torch
 from dense_lab_kernels import _tuned, watching
 from dense_lab_kernels._dispatch import Call
 from dense_lab_kernels.tuning import _others
-from dense_lab_kernels.verify import call_again, judge
+from dense_lab_kernels.verify import judge, repeated
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
@@ -43,7 +43,7 @@ def test_every_choice_gives_right_results(operation) -> None:
     (call,) = calls.values()
     assert isinstance(call, Call)
     with _tuned.trying({}) as met:
-        call_again(call)
+        repeated(call)()
     tried = 0
     for key, rule in met.items():
         # In the interpreter warps and stages mean nothing, so one of each kind is enough.

@@ -47,7 +47,7 @@ def rule() -> Rule:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], float]:
     """Two warps and three stages are best; one stage cannot be had."""
     met: list[Rule] = []
-    monkeypatch.setattr(tuning, "call_again", lambda call: met.append(rule()))
+    monkeypatch.setattr(tuning, "repeated", lambda call: lambda: met.append(rule()))
 
     def time(work: Callable[[], object]) -> float:
         work()
