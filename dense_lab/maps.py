@@ -53,8 +53,8 @@ def linear_maps(x: Tensor, weights: Sequence[Tensor], parts: Sequence[int] | Non
 def joining(x: Tensor, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield a list that holds x times each of the weights [N, W], transposed, once the block has ended.
 
-    On a GPU, in training, they are one product, computed beside the first `linear_maps` of x within the block, whose
-    gradient of x is summed with theirs: for narrow maps that others of the same tensor surround.
+    In training they are one product: for narrow maps that others of the same tensor surround. On a GPU it is computed
+    beside the first `linear_maps` of x within the block, whose gradient of x is summed with theirs.
     """
     found: list[Tensor] = []
     token = _joining.set(_Joining(x, list(weights), found) if weights else None)
@@ -63,7 +63,13 @@ def joining(x: Tensor, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     finally:
         _joining.reset(token)
     if weights and not found:
-        found.extend(linear_maps(x, weights))
+        joined = len(weights) > 1 and torch.is_grad_enabled() and not x.is_cuda
+        found.extend(_one_product(x, weights) if joined else linear_maps(x, weights))
+
+
+def _one_product(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    results = nn.functional.linear(x, torch.cat(list(weights)))
+    return list(torch.split(results, [len(weight) for weight in weights], -1))
 
 
 @contextmanager
