@@ -125,6 +125,22 @@ def test_segments(m: int, site: str, dtype: torch.dtype) -> None:
     check(make(shape, m=m), dtype, site=site)
 
 
+# B, T, D, N, and the sources: one segment, several, states padded, more states than lie in one thread.
+WALKS = [((1, 21, 36, 16), 0, "readout"), ((1, 9, 12, 3), 1, "carried"), ((1, 133, 3, 2), 0, "readout")]
+WALKS += [] if INTERPRETED else [((2, 77, 80, 16), 2, "carried"), ((2, 77, 80, 16), 2, "readout")]
+WALKS += [] if INTERPRETED else [((8, 130, 2048, 16), 0, "readout"), ((1, 300, 50, 64), 0, "readout")]
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize(("shape", "m", "site"), WALKS, ids=str)
+def test_walk_back_with_all_gradients(
+    shape: tuple[int, int, int, int], m: int, site: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backward that can be asked for gives what the usual one gives."""
+    monkeypatch.setenv("DENSE_LAB_SCAN", "walk")
+    check(make(shape, m=m), dtype, site=site)
+
+
 def test_rows_of_a_wider_tensor() -> None:
     """u and z are often halves of one projection: strided rows are read where they are."""
     inputs = as_dtype(make((2, 9, 8, 4)), torch.float32)

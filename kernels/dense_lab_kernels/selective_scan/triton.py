@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dense_lab_kernels._triton import Launch, Sm90Case, applied, compile_once, launch, processors, unsupported_place
+from dense_lab_kernels._triton import Launch, Sm90Case, applied, compile_once, processors, unsupported_place
 from dense_lab_kernels.selective_scan import triton_backward as backward
 from dense_lab_kernels.selective_scan import triton_forward as forward
 from dense_lab_kernels.selective_scan import triton_gradients as gradients
@@ -32,6 +32,7 @@ _OPERATION = "selective_scan"
 _MOST_STATES = 256
 _KEPT = 64  # tokens between the states that wait for the backward; every segment is a multiple of it
 _WARP = 32  # channels of a program that walks back with all gradients
+_MOST_WALKED = 64  # states that one program walks back with: 16 warps, four to a thread
 _TILE = 8  # tokens that the backward replays in registers
 
 
@@ -68,14 +69,14 @@ class Plan(NamedTuple):
     stages: int  # tiles that a walk fetches ahead, the present one included
     segment: int  # tokens of a walk
     tile_block: int  # channels that a program replays at a time
-    ahead: int  # 1: while at one of them, it asks the L2 cache for the next
     splits: int  # parts of a group's channels, and
     span: int  # tiles, that one replaying program takes
-    back: int  # tokens of a walk back that gives all gradients; 0: tiles are replayed apart
-    warps: int
-    back_stages: int
-    exchange: int
+    back: int  # tokens of a walk back that gives all gradients at once; 0: tiles are replayed apart
+    warps: int  # of a program that walks back, which share its states
+    back_stages: int  # tiles that it fetches ahead, the present one included
+    exchange: bool  # its warps share what depends on token and channel alone
     limit: int | None  # registers of one of its threads
+    written: bool  # the forward's recurrence is written out as PTX
 
     @property
     def segments(self) -> int:
@@ -125,20 +126,21 @@ def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units:
     spans = max(1, min(tiles, max(32, 256 // batch), math.ceil(programs / (batch * groups * splits))))
     return Plan(
         batch, tokens, channels, states, padded, groups, sources, **options,
-        block=block, tile=tile, stages=3, segment=segment, tile_block=tile_block, ahead=0,
-        splits=splits, span=math.ceil(tiles / spans), back=0, warps=min(16, padded // 4), back_stages=2, exchange=1, limit=None,
-    )._replace(**_chosen(segment))  # fmt: skip
+        block=block, tile=tile, stages=3, segment=segment, tile_block=tile_block,
+        splits=splits, span=math.ceil(tiles / spans),
+        back=0, warps=padded // 4, back_stages=2, exchange=True, limit=None, written=False,
+    )._replace(**_on_trial(segment, padded))  # fmt: skip
 
 
-def _chosen(segment: int) -> dict[str, int]:
-    """Launch choices from the environment, to compare them: `DENSE_LAB_SCAN=walk`."""
-    if os.environ.get("DENSE_LAB_SCAN") != "walk":
+def _on_trial(segment: int, padded_states: int) -> dict[str, Any]:
+    """Launch choices that no GPU has timed yet, taken only on request (docs/kernels/selective_scan.md)."""
+    if os.environ.get("DENSE_LAB_SCAN") != "walk" or padded_states > _MOST_WALKED:
         return {}
-    return {"back": segment}
+    return {"back": segment, "written": True}
 
 
 def _run(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **options: Any) -> None:
-    launch(kernel, grid, arguments, options)
+    kernel[grid](*arguments, **options)
 
 
 class _Inputs(NamedTuple):
@@ -201,7 +203,7 @@ def _walk(
         **plan.flags(), HAS_Z=plan.gated and output, HAS_SKIP=plan.skip and output, OUTPUT=output,
         RAW=outputs.get("raw") is not None, KEEP=outputs.get("kept") is not None,
         SUMS=outputs.get("spans") is not None, M=plan.sources,
-        BLOCK=plan.block, TILE=plan.tile, STAGES=plan.stages, num_warps=1,
+        BLOCK=plan.block, TILE=plan.tile, STAGES=plan.stages, WRITTEN=plan.written, num_warps=1,
     )  # fmt: skip
 
 
@@ -329,7 +331,7 @@ def _walk_back(
         plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.groups, plan.back,
         CARRIED=plan.flags()["CARRIED"], SOFTPLUS=plan.softplus, HAS_Z=plan.gated, HAS_SKIP=plan.skip, M=plan.sources,
         BLOCK=_WARP, TILE=plan.tile, HELD=plan.padded_states // plan.warps, WARPS=plan.warps,
-        STAGES=plan.back_stages, SHARED=plan.warps > 1 and plan.exchange, num_warps=plan.warps,
+        STAGES=plan.back_stages, SHARED=plan.exchange and plan.warps > 1, num_warps=plan.warps,
         maxnreg=plan.limit,
     )  # fmt: skip
     dA, dchannel, sums = dA.sum(1).mT, dchannel.sum(1), sums.sum(1).transpose(2, 3)
@@ -374,7 +376,7 @@ def _gradients(
     rows = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like)
     sizes = (plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.groups, plan.span, plan.splits)
     flags = plan.flags() | {"HAS_Z": plan.gated, "BLOCK": plan.tile_block, "TILE": plan.tile}
-    flags |= {"AHEAD": plan.ahead, "num_warps": 1}
+    flags["num_warps"] = 1
     grid = (plan.groups * plan.splits, plan.batch, plan.spans)
     outer = (grad, *((inputs.z,) if plan.gated else ()))
     if stream == 0:
@@ -583,5 +585,16 @@ def sm90_cases() -> Iterator[Sm90Case]:
     ]
     for name, example, wanted in chosen:
         launches = _launches(*_example(*example), training=True)
+        for i in wanted:
+            yield _sm90_case(f"{name}-{i}", launches[i])
+    walks = [
+        ("walk", (2048, 16, 0, "readout", bf16), 2048, (0, 1, 2)),
+        ("walk-fp32", (2048, 16, 0, "readout", fp32), 2048, (2,)),
+        ("walk-segments", (32768, 16, 0, "readout", bf16), 1984, (3, 6)),
+        ("walk-carried-2", (2048, 16, 2, "carried", bf16), 2048, (0, 2)),
+    ]
+    for name, example, back, wanted in walks:
+        plan, flat = _example(*example)
+        launches = _launches(plan._replace(back=back, written=True), flat, training=True)
         for i in wanted:
             yield _sm90_case(f"{name}-{i}", launches[i])

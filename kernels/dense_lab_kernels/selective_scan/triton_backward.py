@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_lab_kernels._triton import INTERPRETED, sigmoid
+from dense_lab_kernels._triton import sigmoid
 from dense_lab_kernels.selective_scan.triton_forward import (
     activate,
     decays,
@@ -30,27 +30,6 @@ from dense_lab_kernels.selective_scan.triton_forward import (
     piece_offset,
     state_offsets,
 )
-
-_PREFETCHES = tl.constexpr(not INTERPRETED)
-
-
-@triton.jit
-def prefetch(pointers):
-    """Have these addresses in the L2 cache soon; waits for nothing and takes no registers."""
-    if _PREFETCHES:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def prefetch_block(tokens, strides, states, batch, t, channel, n, T, D, N):
-    """`prefetch` of one block's rows, and states [N, D] from each of the pointers `states`; channel: its first."""
-    for i in tl.static_range(len(tokens)):
-        row = batch * strides[i][0] + tl.minimum(t, T - 1).to(tl.int64) * strides[i][1]
-        prefetch(tokens[i] + row + channel)
-    for i in tl.static_range(len(states)):
-        prefetch(states[i] + tl.minimum(n, N - 1) * D + channel)
 
 
 @triton.jit
@@ -206,7 +185,7 @@ def own_gradients(
     dskip, dbias,  # [spans * B, D] float32
     T, D, N, per_group, groups, span, splits,
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr, M: tl.constexpr,
-    NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
+    NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the own stream, for one split of a group's channels and `span` tiles; grid (G splits, B, spans)."""
     group, split, begin, end = own_share(per_group, splits, BLOCK)
@@ -229,12 +208,6 @@ def own_gradients(
             shared = fetch_shared(tables, table_strides, batch, group, t, n, live & (n < N)[None, :])
             h = load_states(kept + piece_offset(0, tile, tiles, D, N), offsets, mask)
             s = load_states(ends + piece_offset(0, tile, tiles, D, N), offsets, mask)
-            if AHEAD:
-                following = group * per_group + tl.where(place + BLOCK < end, place + BLOCK, place)
-                states = (ends + piece_offset(0, tile, tiles, D, N),)
-                for i in tl.static_range(M + 1):
-                    states = states + (kept + piece_offset(i, tile, tiles, D, N),)
-                prefetch_block(tokens, strides, states, batch, t, following, n, T, D, N)
             rate = load_states(A, offsets, mask)
             biases = tl.load(bias + channel, mask=exists, other=0.0)
             fresh = tile == first
@@ -296,7 +269,7 @@ def source_gradients(
     dA, dbias,  # [spans * B, N, D] and [spans * B, D], float32
     T, D, N, per_group, groups, span, splits,
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr,
-    NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr,
+    NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one source; its states receive gate x (CARRIED: the own states' gradient, else C dy)."""
     group, split, begin, end = own_share(per_group, splits, BLOCK)
@@ -318,10 +291,6 @@ def source_gradients(
             shared = fetch_shared(tables, table_strides, batch, group, t, n, live & (n < N)[None, :])
             h = load_states(kept + piece_offset(stream, tile, tiles, D, N), offsets, mask)
             s = load_states(ends + piece_offset(stream, tile, tiles, D, N), offsets, mask)
-            if AHEAD:
-                following = group * per_group + tl.where(place + BLOCK < end, place + BLOCK, place)
-                place_of = piece_offset(stream, tile, tiles, D, N)
-                prefetch_block(tokens, strides, (kept + place_of, ends + place_of), batch, t, following, n, T, D, N)
             rate = load_states(A + stream * D * N, offsets, mask)
             biases = tl.load(bias + stream * D + channel, mask=exists, other=0.0)
             old_A = so_far(dA + home * N, offsets, tile == first, mask)

@@ -108,19 +108,19 @@ _SCAN_32, _SCAN_TYPES_32 = (tl.constexpr(x) for x in _steps(4, 8))
 
 
 @triton.jit
-def scan(a, b, h, j, TILE: tl.constexpr):
+def scan(a, b, h, j, TILE: tl.constexpr, WRITTEN: tl.constexpr):
     """h_j = a_j h_{j-1} + b_j over the first axis, [TILE, NP, BLOCK]; the last state too, [NP, BLOCK].
 
-    A thread has all tokens of its states, states first. Written out for the usual sizes: the compiler takes a third of
-    the time, and half of the registers.
+    WRITTEN: the usual sizes are written out as PTX, a thread's states of one token after the other. The compiler then
+    takes half of the time, and for a walk without output half of the registers.
     """
     SIZE: tl.constexpr = h.shape[0] * h.shape[1]
-    if _FAST_EXP and TILE == 8 and SIZE == 512:
+    if WRITTEN and _FAST_EXP and TILE == 8 and SIZE == 512:
         states = tl.inline_asm_elementwise(
             _SCAN_128, _SCAN_TYPES_128, [a, b, h[None, :, :]], dtype=tl.float32, is_pure=True, pack=128
         )
         h = pick(states, (j == TILE - 1)[:, None, None], 0)
-    elif _FAST_EXP and TILE == 4 and SIZE == 256:
+    elif WRITTEN and _FAST_EXP and TILE == 4 and SIZE == 256:
         states = tl.inline_asm_elementwise(
             _SCAN_32, _SCAN_TYPES_32, [a, b, h[None, :, :]], dtype=tl.float32, is_pure=True, pack=32
         )
@@ -207,6 +207,7 @@ def forward(
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr,
     OUTPUT: tl.constexpr, RAW: tl.constexpr, KEEP: tl.constexpr, SUMS: tl.constexpr,
     M: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    WRITTEN: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment for BLOCK channels of one batch element; grid (channel blocks, B, segments).
 
@@ -252,21 +253,21 @@ def forward(
             other_step = tl.where(live, activate(rows[M + 1 + i].to(tl.float32) + biases[i][None, :], SOFTPLUS), 0.0)
             other_a = decays(rate[i], other_step, rows[M + 1 + i])
             other_b = shared[i].to(tl.float32)[:, :, None] * (other_step * rows[i].to(tl.float32))[:, None, :]
-            other, other_end = scan(other_a, other_b, h[i], j, TILE)
+            other, other_end = scan(other_a, other_b, h[i], j, TILE, WRITTEN)
             gate = rows[2 * M + 1 + i].to(tl.float32)[:, None, :]
             inflow += gate * other
             ends = ends + (other_end,)
             if SUMS:
                 totals = totals + (sums[i] + tl.sum(other_step, axis=0),)
                 if CARRIED:
-                    products, product_end = scan(other_a, tl.zeros_like(other_a), product[i - 1], j, TILE)
-                    _crosses, cross_end = scan(a, gate * products, cross[i - 1], j, TILE)
+                    products, product_end = scan(other_a, tl.zeros_like(other_a), product[i - 1], j, TILE, WRITTEN)
+                    _crosses, cross_end = scan(a, gate * products, cross[i - 1], j, TILE, WRITTEN)
                     next_product, next_cross = next_product + (product_end,), next_cross + (cross_end,)
         value = rows[0].to(tl.float32)
         b = shared[0].to(tl.float32)[:, :, None] * (step * value)[:, None, :]
         if CARRIED:
             b += inflow
-        states, own_end = scan(a, b, h[0], j, TILE)
+        states, own_end = scan(a, b, h[0], j, TILE, WRITTEN)
         if M > 0 and not CARRIED:
             states += inflow
         h = (own_end,) + ends
