@@ -4,7 +4,8 @@
     python benchmarks/ops_selective_scan.py --quick    # the first shape, and its kernels
     python benchmarks/ops_selective_scan.py --sweep    # launch choices, to check the rule
 
-Milliseconds are medians over CUDA events, with the spread from the 20th to the 80th percentile.
+Milliseconds are medians: forward of replayed graphs, with the spread from the 10th to the 90th percentile; forward +
+backward over CUDA events, from the 20th to the 80th.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from bandwidth import graphed
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from triton.testing import do_bench
@@ -31,12 +33,20 @@ SHAPES = [(8, 2048, 2048, 16), (8, 4096, 2048, 16), (1, 2048, 32768, 16), (32, 1
 # mamba-ssm's CUDA kernel on an H200: forward, forward + backward
 QUOTED = {SHAPES[0]: (0.589, 2.89), SHAPES[1]: (1.16, 5.69), SHAPES[2]: (1.45, 7.08), SHAPES[3]: (0.837, 4.28)}
 KERNELS = ("forward", "adjoint", "join", "gradients", "own_gradients", "source_gradients")
-SWEEP = [
-    {},
-    {"ahead": 0},
-    {"tile_block": 4},
-    {"ahead": 0, "tile_block": 4},
-]
+WALK = {"back": 2048, "written": True}
+LONG_WALK = {"back": 1984, "written": True}
+# Shape, sources, site: changes to the rule. The first is the rule itself, whose gradients the others must give.
+SWEEP = {
+    (SHAPES[0], 0, "readout"): [
+        {}, {"written": True}, WALK, WALK | {"limit": 168}, WALK | {"limit": 128}, WALK | {"back_stages": 3},
+        WALK | {"limit": 128, "back_stages": 3}, WALK | {"exchange": False}, WALK | {"back": 1024},
+        WALK | {"back": 1024, "limit": 168}, WALK | {"back": 512, "limit": 128},
+    ],
+    (SHAPES[2], 0, "readout"): [
+        {}, LONG_WALK, LONG_WALK | {"limit": 128}, LONG_WALK | {"back": 4096}, LONG_WALK | {"back": 4096, "limit": 128},
+    ],
+    (SHAPES[0], 2, "carried"): [{}, WALK, WALK | {"limit": 168}, WALK | {"tile": 8}],
+}  # fmt: skip
 
 
 def draw(B: int, D: int, T: int, N: int) -> dict[str, Tensor]:
@@ -68,14 +78,15 @@ def time_of(call: Callable[[], Any]) -> str:
 
 
 def both(run: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[str, str]:
-    """Forward without gradients; forward and backward."""
+    """Forward without gradients, as a graph: a call costs the host as much; forward and backward."""
     grad = torch.randn_like(run())
 
     def train() -> None:
         torch.autograd.grad(run(), leaves, grad)
 
     with torch.no_grad():
-        forward = time_of(run)
+        timing = graphed([run])
+    forward = f"{timing.median:7.3f} ({timing.low:.3f}-{timing.high:.3f})"
     return forward, time_of(train)
 
 
@@ -143,24 +154,46 @@ def first_call() -> None:
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
+def flat_of(inputs: dict[str, Any]) -> tuple[Tensor | None, ...]:
+    """The arguments of `triton._SelectiveScan` after the plan."""
+    flat = [*(inputs[name] for name in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")), None]
+    for source, gate in zip(inputs.get("sources", ()), inputs.get("gates", ()), strict=True):
+        flat += [*source, gate, None]
+    return tuple(flat)
+
+
+def plans_of(inputs: dict[str, Any], site: str, changes: list[dict[str, Any]]) -> list[triton.Plan]:
+    sizes = (inputs["u"].shape, inputs["A"].shape[1], 1, len(inputs.get("sources", ())), processors(inputs["u"].device))
+    rule = triton._make_plan(*sizes, carried=site == "carried", softplus=True, gated=True, skip=True)
+    return [rule._replace(**change) for change in changes]
+
+
 def sweep() -> None:
-    """Launch choices at the first shape; all are compiled in parallel first."""
-    inputs = draw(*SHAPES[0])
-    leaves = leaves_of(inputs)
-    order = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")
-    flags = {"carried": False, "softplus": True, "gated": True, "skip": True}
-    rule = triton._make_plan(inputs["u"].shape, 16, 1, 0, processors(inputs["u"].device), **flags)
-    print("rule:", rule)
-    tensors = (*(inputs[name] for name in order), None)
-    plans = [rule._replace(**change) for change in SWEEP]
+    """Launch choices: how far their gradients are from the rule's, and times; all are compiled in parallel first."""
+    jobs = []
+    for (shape, m, site), changes in SWEEP.items():
+        inputs = draw(*shape)
+        inputs |= draw_sources(inputs, m) if m else {}
+        jobs.append((f"{shape} {site} m={m}", inputs, changes, plans_of(inputs, site, changes)))
     start = time.perf_counter()
-    compile_once("sweep", lambda: [x for plan in plans for x in triton._launches(plan, tensors, training=True)])
-    print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
-    for change, plan in zip(SWEEP, plans, strict=True):
-        run = partial(lambda plan: triton._SelectiveScan.apply(plan, *tensors)[0], plan)
-        forward, train = both(run, leaves)
-        print(f"{change!s:36} forward {forward}  forward + backward {train} ms")
-        kernels(run, leaves)
+    launches = [x for _, inputs, _, plans in jobs for p in plans
+                for x in triton._launches(p, flat_of(inputs), training=True)]  # fmt: skip
+    different = {(x.kernel.__name__, str(x.options), str(list(map(type, x.arguments))), len(x.arguments[0])): x
+                 for x in launches}  # fmt: skip
+    compile_once("sweep", lambda: list(different.values()))
+    print(f"compiled {len(different)} kernels in {time.perf_counter() - start:.1f} s", flush=True)
+    for title, inputs, changes, plans in jobs:
+        print(title)
+        leaves, expected = leaves_of(inputs), None
+        for change, plan in zip(changes, plans, strict=True):
+            run = partial(lambda plan, flat: triton._SelectiveScan.apply(plan, *flat)[0], plan, flat_of(inputs))
+            torch.manual_seed(0)
+            found = torch.autograd.grad(run(), leaves, torch.randn_like(inputs["u"]))
+            expected = expected or found
+            off = max(float((x - y).float().norm() / y.float().norm()) for x, y in zip(found, expected, strict=True))
+            forward, train = both(run, leaves)
+            print(f"{change!s:60} off {off:.1e}  forward {forward}  forward + backward {train} ms")
+            kernels(run, leaves)
 
 
 def main() -> None:

@@ -20,12 +20,11 @@ import triton.language as tl
 from dense_lab_kernels._triton import INTERPRETED, sigmoid
 from dense_lab_kernels.selective_scan.triton_backward import slope
 from dense_lab_kernels.selective_scan.triton_forward import (
+    LOG2_E,
     activate,
     exp,
     exp2,
-    LOG2_E,
     fetch,
-    fetch_shared,
     load_states,
     own_channels,
     pick,
@@ -105,12 +104,14 @@ def replayed(a, b, h, j, TILE: tl.constexpr, HELD: tl.constexpr):
     """The states before and after every token of a tile, h_t = a_t h_{t-1} + b_t."""
     if _TENSOR_CORES and TILE == 8 and HELD == 4:
         before, after = tl.inline_asm_elementwise(
-            _REPLAY_32, _REPLAY_TYPES_32, [a, b, h[None, :, :, :]], dtype=(tl.float32, tl.float32), is_pure=True, pack=32
-        )
+            _REPLAY_32, _REPLAY_TYPES_32, [a, b, h[None, :, :, :]],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=32,
+        )  # fmt: skip
     elif _TENSOR_CORES and TILE == 4 and HELD == 4:
         before, after = tl.inline_asm_elementwise(
-            _REPLAY_16, _REPLAY_TYPES_16, [a, b, h[None, :, :, :]], dtype=(tl.float32, tl.float32), is_pure=True, pack=16
-        )
+            _REPLAY_16, _REPLAY_TYPES_16, [a, b, h[None, :, :, :]],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=16,
+        )  # fmt: skip
     else:
         before, after = b, b
         for k in tl.static_range(TILE):
@@ -199,12 +200,29 @@ def fetch_held(tables, strides, batch, group, t, n, mask):
 def to_all(x, to_lane, SHARED: tl.constexpr):
     """[TILE, BLOCK] as [TILE, 1, 1, BLOCK], for every warp.
 
-    As a gather of each channel from its own place, it goes through shared memory; a mere broadcast would have every warp
-    compute x itself.
+    SHARED: a gather of each channel from its own place, which the compiler does not move: a mere broadcast would have
+    every warp compute x itself.
     """
     if SHARED:
         x = tl.gather(x, to_lane, 1)
     return x[:, None, None, :]
+
+
+@triton.jit
+def gated(grad, z, y, to, mask):
+    """The gradient of y from that of y silu(z); that of z is stored."""
+    open_ = sigmoid(z)
+    tl.store(to, (grad * y * open_ * (1.0 + z * (1.0 - open_))).to(to.dtype.element_ty), mask=mask)
+    return grad * z * open_
+
+
+@triton.jit
+def store_ends(grads, dA, dbias, stream, home, s, A_sums, bias_sums, offsets, channel, mask, exists, D, N):
+    """What a walk of one stream ends with; home: which of all (segment, batch) it was."""
+    tl.store(grads + piece_offset(stream, tl.program_id(2), tl.num_programs(2), D, N) + offsets, s, mask=mask)
+    row = stream * tl.num_programs(1) * tl.num_programs(2) + home
+    tl.store(dA + row * D * N + offsets, A_sums, mask=mask)
+    tl.store(dbias + row * D + channel, tl.sum(bias_sums, axis=0), mask=exists)
 
 
 @triton.jit(do_not_specialize=["T", "segment", "groups"])
@@ -228,8 +246,7 @@ def gradients(
     offsets = state_place(channel, n, D)
     mask = exists[None, None, :] & (n < N)[:, :, None]
     to_lane = tl.zeros([TILE, BLOCK], tl.int32) + tl.arange(0, BLOCK)[None, :]
-    batch = tl.program_id(1).to(tl.int64)
-    batches = tl.num_programs(1)
+    batch, batches = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     piece, segments = tl.program_id(2), tl.num_programs(2)
     begin = piece * segment
     end = tl.minimum(begin + segment, T)
@@ -250,7 +267,6 @@ def gradients(
     skips = biases[0]
     if HAS_SKIP:
         skips = tl.load(skip + channel, mask=exists, other=0.0)
-
     count = tl.cdiv(end - begin, TILE)
     for walked in tl.range(0, count, num_stages=STAGES):
         tile = begin // TILE + count - 1 - walked
@@ -265,11 +281,7 @@ def gradients(
         place = (batch * T + t.to(tl.int64))[:, None] * D + channel[None, :]
         grad = rows[3 * M + 2].to(tl.float32)
         if HAS_Z:
-            z = rows[3 * M + 3].to(tl.float32)
-            open_ = sigmoid(z)
-            z_grad = grad * rows[3 * M + 4].to(tl.float32) * open_ * (1.0 + z * (1.0 - open_))
-            tl.store(dz + place, z_grad.to(dz.dtype.element_ty), mask=inside)
-            grad = grad * z * open_
+            grad = gated(grad, rows[3 * M + 3].to(tl.float32), rows[3 * M + 4].to(tl.float32), dz + place, inside)
         step, steps, taken, gates, a, before, after = (), (), (), (), (), (), ()
         grad_of_y = to_all(grad, to_lane, SHARED)
         for i in tl.static_range(M + 1):
@@ -329,10 +341,8 @@ def gradients(
             tl.store(ddt + stream + place, x_grad.to(ddt.dtype.element_ty), mask=inside)
             dbias_new = dbias_new + (dbias[i] + x_grad,)
         s, A_sums, dbias = starts, A_new, dbias_new
-    rows_of = batches * segments
     if HAS_SKIP:
         tl.store(dchannel + home * D + channel, tl.sum(dskip, axis=0), mask=exists)
+    rows_of_biases = dchannel + batches * segments * D
     for i in tl.static_range(M + 1):
-        tl.store(grads + piece_offset(i, piece, segments, D, N) + offsets, s[i], mask=mask)
-        tl.store(dA + (i * rows_of + home) * D * N + offsets, A_sums[i], mask=mask)
-        tl.store(dchannel + ((i + 1) * rows_of + home) * D + channel, tl.sum(dbias[i], axis=0), mask=exists)
+        store_ends(grads, dA, rows_of_biases, i, home, s[i], A_sums[i], dbias[i], offsets, channel, mask, exists, D, N)
