@@ -125,6 +125,8 @@ def cost_table(ablated: Ablated) -> Table:
         (str(arm.number), arm.name, *(_cost(ablated, arm, metric) for metric, _ in shown)) for arm in ablated.arms
     )
     note = f"Means over seeds; in brackets the difference to {ablated.baseline.name}."
+    if any(cell.tags.get("sharing", "1") != "1" for arm in ablated.arms for cell in arm.cells.values()):
+        note += " Runs shared their device while they were timed: compare speeds by `dense-lab overhead`."
     columns = ("#", "arm", *(title for _, title in shown))
     return Table("Costs", columns, rows, note, name="costs", left=2)
 

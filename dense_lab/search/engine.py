@@ -121,9 +121,13 @@ class _Search:
         self.plan = manifest.plan(study, folder, options.trials)
         self.looks = looking.Looks.of(study, folder, options.max_seeds)
         manifest.write(study, folder, self.plan, storage=options.storage, mlflow=options.mlflow_uri)
+        if self.looks:
+            # Before the first look, which may decide everything: reports are to know that it was one of several.
+            manifest.update(folder, looks=[self.looks.first, self.looks.maximum])
         digest = read_json(folder / manifest.MANIFEST)["digest"]
         url, shared = options.storage or storage.default_url(folder), options.storage is not None
         self.ledger = Ledger(*storage.create_study(url, study.name, study.search.objective, digest), shared=shared)
+        gpus = process.visible_gpus(os.environ) if options.train is None else ()
         self.job = Job(
             index=0,
             folder=folder,
@@ -131,7 +135,8 @@ class _Search:
             url=url,
             shared=shared,
             device=options.device,
-            gpus=process.visible_gpus(os.environ) if options.train is None else (),
+            gpus=gpus,
+            sharing=-(-options.workers // max(1, len(gpus))),
             threads=process.threads(os.environ, options.workers),
             plugin_files=study.registry.files,
             directory=Path.cwd(),
@@ -176,8 +181,7 @@ class _Search:
         self.plan = plan
         asked = len(self.space.arms()) * self.looks.first
         added = [[cell.arm, cell.seed] for cell in plan.cells if cell.role == "cell"][asked:]
-        looks = [self.looks.first, self.looks.maximum]
-        manifest.update(self.folder, trials=plan.total, added=added, looks=looks)
+        manifest.update(self.folder, trials=plan.total, added=added)
         self.job = replace(self.job, plan=plan)
         self.supervisor = Supervisor(self.job, self.options.workers, self.ledger)
         if self._asked:

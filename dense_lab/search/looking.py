@@ -43,8 +43,8 @@ class Looks:
         before = read_json(folder / "manifest.json").get("looks")
         if before and before != [len(seeds), maximum]:
             raise InputError(
-                f"this study is looked at after {before[0]} to {before[1]} seeds: that was fixed when the first seed "
-                f"was added, and keeps the error rate. Go on with `seeds: {before[0]}` and --max-seeds {before[1]}"
+                f"this study is looked at after {before[0]} to {before[1]} seeds: that was fixed before the first "
+                f"look, and keeps the error rate. Go on with `seeds: {before[0]}` and --max-seeds {before[1]}"
             )
         rest = (seed for seed in range(max(seeds) + 1, max(seeds) + 1 + maximum - len(seeds)))
         return cls(len(seeds), maximum, (*seeds, *rest))

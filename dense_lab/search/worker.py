@@ -57,6 +57,8 @@ class Job:
     """None for `dense_lab.training.train`."""
     reuse: tuple[Path, ...] = ()
     """Folders of other studies whose finished trials may be taken over."""
+    sharing: int = 1
+    """Workers that share a device: what they measure of speed is lower than one alone would."""
 
 
 class Settled(Exception):
@@ -190,9 +192,10 @@ class Worker:
             "owner": owner,
             # A trial that goes on after an interruption keeps its clock, which MLflow's timestamps are made of.
             "started": read_json(folder / TRIAL_FILE).get("started") or ending.now(),
+            "tags": {"sharing": str(self.job.sharing)},
         }
         if cell := trial.user_attrs.get("cell"):
-            said |= {"label": cell["arm"], "role": cell["role"], "tags": cells.tags_of(cell)}
+            said |= {"label": cell["arm"], "role": cell["role"], "tags": said["tags"] | cells.tags_of(cell)}
             said |= {"tuned": cell["tuned"]} if "tuned" in cell else {}
         write_json(folder / TRIAL_FILE, said)
 
@@ -203,7 +206,8 @@ class Worker:
         if known is not None and not ending.has_ended(folder):
             origin = take(known, folder)
             began = {"started": known.started.isoformat()} if known.started else {}
-            tags = {**said.get("tags", {}), "reused_from": origin}
+            sharing = known.tags.get("sharing", "unknown")
+            tags = {**said.get("tags", {}), "sharing": sharing, "reused_from": origin}
             write_json(folder / TRIAL_FILE, {**said, **began, "reused_from": origin, "tags": tags})
 
     def _trained(self, trial: optuna.Trial, spec: RunSpec, folder: Path) -> list[float]:

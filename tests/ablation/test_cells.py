@@ -142,7 +142,8 @@ def test_the_edges_of_a_grid():
 
 
 def test_what_another_study_has_trained_is_taken_over(tmp_path):
-    first = run(tmp_path, text=SMALL, folder="first").results
+    first = run(tmp_path, text=SMALL, folder="first", workers=2).results
+    assert {t.tags["sharing"] for t in first.trials} == {"2"}
     deep = ("  mamba: {model.core: mamba, model.core.state: 8}", "  deep: {model.core: retnet, model.depth: 3}")
     results = run(tmp_path, deep, text=SMALL, folder="second", reuse=(tmp_path / "first",)).results
     assert results.complete
@@ -156,6 +157,7 @@ def test_what_another_study_has_trained_is_taken_over(tmp_path):
         source = next(t for t in first.trials if t.folder.resolve() == origin)
         assert (source.metrics, source.curve, source.digest) == (trial.metrics, trial.curve, trial.digest)
         assert (source.started, source.ended) == (trial.started, trial.ended)
+        assert trial.tags["sharing"] == "2"
     other = run(tmp_path, ("tokens: 4k", "tokens: 5k"), text=SMALL, folder="third", reuse=(tmp_path / "first",)).results
     assert {t.role for t in other.trials if "reused_from" in t.tags} == {"tune"}
 
@@ -188,3 +190,10 @@ def test_seeds_are_added_to_undecided_arms_only(tmp_path):
     with pytest.raises(InputError, match="looked at after 4 to 5 seeds"):
         search(space, tmp_path / "s", train=train, mlflow_uri="none", max_seeds=6)
     assert read_study(tmp_path / "s").total == 14
+
+
+def test_looks_are_known_before_the_first_one(tmp_path):
+    """It may decide every arm: nothing is added then, and yet the report has to count it as one look of several."""
+    here = Here(study(tmp_path), tmp_path / "s", train, max_seeds=5)
+    assert read_study(here.folder).ablation.looks == (2, 5)
+    assert here.run().results.ablation.looks == (2, 5)
