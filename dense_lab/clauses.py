@@ -75,6 +75,10 @@ def _size(record: Record, about: Quantity) -> Clause:
         for arm, share in off.items()
         if abs(share) > limit * (1 + 1e-9)
     ]
+    if about == "params" and budget.counted != "all":
+        # An untied head is not counted, and would be parameters for nothing.
+        heads = ((str(cell.spec.get("model", {}).get("head")), arm) for arm, cell in record.one.items())
+        wrong += _unlike("head", _groups(heads))
     called = f"non-embedding {called}" if about == "params" and budget.counted != "all" else called
     return _clause(name, wrong, f"{called} within {_percent(most)} (limit {_percent(limit)})")
 

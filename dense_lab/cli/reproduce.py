@@ -125,4 +125,5 @@ def _tell(made: Reproduction) -> None:
     options.print_table(made.recorded.metric, columns, rows, right=columns[2:7])
     console = options.console()
     console.print(made.summary(), style="green" if made.reproduced else "red")
-    console.print(f"new runs: {made.folder}", soft_wrap=True)
+    earlier = "" if made.trained else " (nothing was trained just now: all are of an earlier call)"
+    console.print(f"new runs: {made.folder}{earlier}", soft_wrap=True)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 RECORD = "reproduce.json"
 """What came of it, in the folder of the new runs."""
 STUDY = "again.yaml"
+CODE = ("commit", "device", "dtype", "torch", "triton")
+"""Tags that runs of an earlier call must share with those of this one to count as its own."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Reproduction:
     agreements: tuple[Agreement, ...]
     stopped: bool
     """Whether the user stopped it: not every run is there yet."""
+    trained: int
+    """Runs that this call trained; the others were there from an earlier one."""
 
     @property
     def reproduced(self) -> bool:
@@ -80,6 +84,7 @@ class Reproduction:
             "metric": self.recorded.metric,
             "alpha": self.recorded.alpha,
             "environment": [one._asdict() for one in self.environment],
+            "trained": self.trained,
             "left_out": list(self.recorded.left_out),
             "numbers": rows,
         }
@@ -109,7 +114,8 @@ def reproduce(
     `folder` is a study's, one of its trials', or a single run's. `arms` and `seeds` choose from a study. Every other
     difference of the environment is told to `on_environment` and accepted; other data only with `other_data="allowed"`.
     Operations that are wrong on this machine are refused as in a search, unless `kernels` is "unverified".
-    Raises InputError when there is nothing to train again, when the stored specs cannot be read, or for other data.
+    Raises InputError when there is nothing to train again, when the stored specs cannot be read, for other data, and
+    when `into` has runs by other code.
     """
     from dense_lab.search import search
 
@@ -121,6 +127,7 @@ def reproduce(
         on_environment(found, environment)
     if other_data == "refused":
         _check_data(environment)
+    _check_made(found, into, environment)
     study = _study(found, into)
     if train is None:
         _verify(study, device, kernels)
@@ -144,11 +151,27 @@ def _check_data(environment: list[Difference]) -> None:
         raise InputError(f"the data is not that of the recorded runs ({other[0]}): get it, or --allow-different-data")
 
 
+def _check_made(found: Recorded, into: Path, environment: list[Difference]) -> None:
+    """Raise InputError when `into` has runs by other code, which say nothing of this one."""
+    from dense_lab.results import read_study
+
+    made = read_study(into).having("complete") if (into / "study.json").exists() else []
+    changed = {one.what: one.now for one in environment}
+    for name in CODE:
+        now = changed.get(name) or next((trial.tags[name] for trial in found.trials if name in trial.tags), None)
+        other = sorted({trial.tags[name] for trial in made if name in trial.tags} - {now})
+        if now and other:
+            raise InputError(
+                f"{into} has runs of an earlier reproduction with {name} {other[0]}, now it is {now}: name another "
+                "folder with --into, or remove this one"
+            )
+
+
 def _held(found: Recorded, into: Path, environment: list[Difference], outcome: Outcome) -> Reproduction:
     new = _cells(outcome.results, found.metric)
     held = Held(found.metric, found.alpha, found.baseline, found.chosen, found.known, new)
     agreements = () if outcome.stopped else tuple(held.agreements())
-    return Reproduction(found, into, tuple(environment), agreements, outcome.stopped)
+    return Reproduction(found, into, tuple(environment), agreements, outcome.stopped, outcome.trained)
 
 
 def _study(found: Recorded, into: Path) -> Study:

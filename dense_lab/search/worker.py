@@ -184,7 +184,7 @@ class Worker:
         """Say who runs the trial, in the ledger and in its folder, before anything else happens."""
         owner, digest = this_process(), self._digest(spec) if spec else ""
         trial.set_user_attr("claim", {"owner": owner, "digest": digest})
-        said = {
+        said: dict[str, Any] = {
             "number": root,
             "attempt": trial.number,
             "params": params,

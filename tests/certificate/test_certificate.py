@@ -108,6 +108,16 @@ def result(*keys: str, value: Any) -> Callable[[Path], None]:
     return act
 
 
+def specified(*keys: str, value: Any) -> Callable[[Path], None]:
+    """Changes the spec of every cell of span-1."""
+
+    def act(study: Path) -> None:
+        for path in every(study, "span-1", "spec.json"):
+            change(path, (keys, value))
+
+    return act
+
+
 def one(name: str, *keys: str, value: Any) -> Callable[[Path], None]:
     """Changes the last cell."""
     return lambda study: change(last(study, name), (keys, value))
@@ -118,6 +128,7 @@ UNFAIR: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "embedding": (result("metrics", "embedding_parameters", value=100_000), "parameters", "+10 %"),
     "flops": (result("metrics", "flops_per_token", value=2.6e6), "FLOPs", "+30 % from 2M (limit 25 %)"),
     "no size": (result("metrics", "flops_per_token", value=None), "FLOPs", "not recorded of span-1"),
+    "head": (specified("model", value={"head": "untied"}), "parameters", "head differs"),
     "data": (one("result.json", "tags", "data", value="e" * 64), "data", "hash differs"),
     "reading": (one("spec.json", "data", "kind", value="lines"), "data", "keys differs"),
     "batches": (one("result.json", "tags", "batches", value="b7"), "batches", "sequence of seed 2 differs"),

@@ -113,6 +113,19 @@ def test_an_interrupted_reproduction_goes_on(finished):
     assert len(fakes.calls(made.folder)) == 3
 
 
+def test_runs_of_an_earlier_call_by_other_code_are_not_taken_for_new_ones(finished):
+    made = reproduce(finished, train=fakes.steady, **OPTIONS)
+    assert made.trained == 6
+    for result in made.folder.glob("trials/*/result.json"):
+        said = read_json(result)
+        write_json(result, {**said, "tags": {**said["tags"], "commit": "a" * 40}})
+    recorded_as = finished / "trials" / "0000" / "result.json"
+    said = read_json(recorded_as)
+    write_json(recorded_as, {**said, "tags": {**said["tags"], "commit": "b" * 40}})
+    with pytest.raises(InputError, match="earlier reproduction with commit aaaa"):
+        reproduce(finished, train=fakes.shifted, **OPTIONS)
+
+
 def test_other_data_is_refused_unless_it_is_allowed(finished):
     with pytest.raises(InputError, match="the data is not that of the recorded runs"):
         reproduce(finished, train=fakes.steady, device="cpu")
