@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dense_lab.training.device import Place
 
 _REMEMBERED = 4000
-_FORMAT = 2
+_FORMAT = 3
 """Of a remembered finding."""
 
 

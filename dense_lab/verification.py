@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,8 @@ SWITCH = "DENSE_LAB_VERIFY"
 """Environment variable: `off` leaves kernels unverified, and runs say so."""
 NOT_CHECKED = "unverified: not checked"
 REFERENCE = "reference"
+MODEL = "model"
+"""In place of an operation: a model that could not run, so that some of what it calls was not judged."""
 Use = Literal["training", "training and decoding"]
 _TOKENS = {"cuda": 300, "cpu": 72}
 """Longest sequence judged: beyond one chunk of every kernel, and short enough for a reference that walks."""
@@ -85,7 +87,7 @@ def ensure(
     """
     if os.environ.get(SWITCH) == "off":
         return NOT_CHECKED
-    wrong = {found.name: found for found in examine(specs, device) if not found.ok}
+    wrong = {found.name: found for found in examine(specs, device) if not found.ok and found.operation != MODEL}
     if wrong and allow == "verified":
         lines = [f"{found.name} is wrong on this machine: {found.text} ({found.shapes})" for found in wrong.values()]
         ways = "choose another implementation in `kernels:`, or mark the results with --allow-unverified"
@@ -95,14 +97,18 @@ def ensure(
 
 def examine(specs: Iterable[RunSpec], device: str = "auto", use: Use = "training") -> list[Finding]:
     """A finding for every set of shapes of every operation that the runs call, those of earlier times included."""
-    memory, findings = read(), {}
+    memory, findings = read(), dict[str, Finding]()
     for case in {case.key(): case for case in (Case.of(spec, device, use) for spec in specs)}.values():
         key = case.key()
-        if not all(name in memory["verdicts"] for name in memory["cases"].get(key, [""])):
-            memory["cases"][key] = list(_judged(case, memory["verdicts"]))
+        names = memory["cases"].get(key)
+        if names is None or not all(name in memory["verdicts"] for name in names):
+            found, lasting = _judged(case, memory["verdicts"])
+            findings |= found
+            if lasting:
+                memory["cases"][key] = list(found)
             write(memory)
-        for name in memory["cases"][key]:
-            findings[name] = Finding(**memory["verdicts"][name]["finding"])
+        else:
+            findings |= {name: Finding(**memory["verdicts"][name]["finding"]) for name in names}
     return list(findings.values())
 
 
@@ -126,38 +132,55 @@ def tag(spec: RunSpec, place: Place, ran: Mapping[str, str]) -> str:
     return tag_of([name for name in used if not states.get(name, False)])
 
 
-def _judged(case: Case, verdicts: dict[str, Any]) -> Iterator[str]:
-    """Names of the verdicts of a case; those not known yet are found and added."""
-    for library, key, call in calls(case):
-        here = machine(case.place)
+def _judged(case: Case, verdicts: dict[str, Any]) -> tuple[dict[str, Finding], bool]:
+    """Findings of a case by name, those not known yet added to `verdicts`; and whether they are all there is to know.
+
+    What failed for a reason that may be gone next time, such as memory that ran out, is told but not remembered.
+    """
+    made, problem = calls(case)
+    found, lasting, here = dict[str, Finding](), not problem, machine(case.place)
+    for library, key, call in made:
         name = digest(here, library.fingerprint(call.operation), call.operation, call.implementation, key)
-        if name not in verdicts:
-            finding = _finding(library, call, case)
-            verdicts[name] = {"machine": here, "kernels": kernels(), "finding": asdict(finding)}
-        yield name
+        if name in verdicts:
+            found[name] = Finding(**verdicts[name]["finding"])
+            continue
+        found[name], settled = _finding(library, call, case)
+        lasting = lasting and settled
+        if settled:
+            verdicts[name] = {"machine": here, "kernels": kernels(), "finding": asdict(found[name])}
+    if problem:
+        core = case.spec.model.layers()[0].core.kind_name()
+        found[case.key()] = Finding(MODEL, core, "forward", "", "", case.size, "call", None, ok=False, text=problem)
+    return found, lasting
 
 
-def _finding(library: Any, call: Any, case: Case) -> Finding:
+def _finding(library: Any, call: Any, case: Case) -> tuple[Finding, bool]:
+    """What was found of a call, and whether it would be found again."""
     passes = "forward" if call.gradients == "none" else "forward and backward"
     head = (call.operation, call.implementation, passes)
     try:
         verdict = library.judge(call)
     except (RuntimeError, ValueError) as error:  # What torch, Triton and operations raise.
-        if out_of_memory(error):
-            torch.cuda.empty_cache()
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return Finding(*head, "", "", case.size, "call", None, ok=False, text=text)
+        found = Finding(*head, "", "", case.size, "call", None, ok=False, text=_told(error))
+        return found, not out_of_memory(error)
     used = verdict.used if math.isfinite(verdict.used) else None
     text = ""
     if not verdict.ok:
         far = "holds NaN" if used is None else f"is {used:.3g} times as far from float64 as allowed"
         text = f"{verdict.worst} {far} ({verdict.measure} error {verdict.error:.2e}, allowed {verdict.allowed:.2e})"
-    return Finding(*head, verdict.dtype, verdict.shapes, case.size, verdict.worst, used, ok=verdict.ok, text=text)
+    return Finding(*head, verdict.dtype, verdict.shapes, case.size, verdict.worst, used, ok=verdict.ok, text=text), True
 
 
-def calls(case: Case) -> list[tuple[Any, str, Any]]:
-    """(library, what distinguishes it, call) of every different call that the case makes."""
-    found = []
+def _told(error: Exception) -> str:
+    if out_of_memory(error):
+        torch.cuda.empty_cache()
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def calls(case: Case) -> tuple[list[tuple[Any, str, Any]], str]:
+    """(library, what distinguishes it, call) of every different call that the case makes, and what stopped it, if
+    anything did."""
+    found, problem = [], ""
     with ExitStack() as stack:
         watched = [(library, stack.enter_context(library.watching())) for library in libraries()]
         devices = [case.place.device] if case.place.device.type == "cuda" else []
@@ -166,11 +189,10 @@ def calls(case: Case) -> list[tuple[Any, str, Any]]:
                 _run(case)
             # The isolation boundary: a component that cannot run fails its own trials, and says why there.
             except Exception as error:  # noqa: BLE001
-                if out_of_memory(error):
-                    torch.cuda.empty_cache()
+                problem = _told(error)
         for library, seen in watched:
             found += [(library, key, call) for key, call in seen.items()]
-    return [item for item in found if item[2].implementation != REFERENCE]
+    return [item for item in found if item[2].implementation != REFERENCE], problem
 
 
 def _run(case: Case) -> None:

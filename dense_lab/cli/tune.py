@@ -75,7 +75,7 @@ def _gains(runs: Iterable[Any], operation: str | None) -> Iterable[tuple[Any, An
 
     seen = set()
     for case in (Case.of(run, "cuda", "training", "whole") for run in runs):
-        for library, _, call in calls(case):
+        for library, _, call in calls(case)[0]:
             if not hasattr(library, "tune") or call.implementation != "triton":
                 continue
             if operation in (None, call.operation):

@@ -98,6 +98,32 @@ def test_a_planted_wrong_gradient_is_refused_by_name(study: Path, planted: None)
     assert ensure(specs(study)[1:], "cpu") == "all"  # the retnet does not scan
 
 
+@pytest.mark.parametrize("where", ["in the model", "when judged"])
+def test_memory_that_ran_out_is_told_and_not_remembered(study: Path, monkeypatch: pytest.MonkeyPatch, where) -> None:
+    mamba = specs(study)[:1]
+    with monkeypatch.context() as patch:
+        right, left = cpu.selective_scan, [1 if where == "when judged" else 0]
+
+        def full(*arguments, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise torch.OutOfMemoryError("no memory")
+            return right(*arguments, **options)
+
+        patch.setattr(cpu, "selective_scan", full)
+        found = [finding for finding in examine(mamba, "cpu") if not finding.ok]
+        assert any("no memory" in finding.text for finding in found)
+    assert all(finding.ok for finding in examine(mamba, "cpu"))
+    assert tag(mamba[0], choose_place("cpu", "fp32"), {"selective_scan": "numba"}) == "all"
+
+
+def test_a_model_that_cannot_run_is_not_called_right(study: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    monkeypatch.setattr(cpu, "selective_scan", None)
+    assert run("verify", str(study), "--device", "cpu") == 1
+    assert "model/mamba: TypeError" in capfd.readouterr().out
+    assert ensure(specs(study), "cpu") == "all"  # its own trials fail, those of others go on
+
+
 def test_another_implementation_may_be_chosen(study: Path, planted: None) -> None:
     chosen = [spec.model_copy(update={"kernels": {"selective_scan": "reference"}}) for spec in specs(study)]
     assert ensure(chosen, "cpu") == "all"
