@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import optuna
-    from optuna.storages import BaseStorage
+    from optuna.storages import BaseStorage, RDBStorage
     from sqlalchemy.engine import Engine
 
     from dense_lab.study import Objective
@@ -26,6 +27,10 @@ GRACE = 120
 _PATIENCE = 60
 """Seconds that a writer waits for another one to finish."""
 _SQLITE = "sqlite://"
+_MEETINGS = 5
+"""Attempts at making the tables of a fresh database while other machines do so."""
+_DRIVERS = {"postgresql": "psycopg[binary]", "mysql": "mysqlclient"}
+"""Packages that reach a database, by the beginning of its URL."""
 
 
 def default_url(folder: Path) -> str:
@@ -48,25 +53,41 @@ def open_storage(url: str, *, create: bool = False) -> BaseStorage:
         # The heartbeat is what this is built on; that its arguments may change is settled by pinning Optuna.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
-            storage = optuna.storages.RDBStorage(
-                url,
-                engine_kwargs=arguments,
-                skip_table_creation=not create,
-                heartbeat_interval=HEARTBEAT,
-                grace_period=GRACE,
-            )
+            storage = _connected(url, arguments, create=create)
         except (ValueError, sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError) as error:
             raise InputError(
                 f"--storage {masked(url)}: {error}. Expected such as postgresql://user@host/base"
             ) from None
         except ImportError as error:
-            raise MachineError(f"--storage {masked(url)}: {error}") from None
+            driver = next((package for name, package in _DRIVERS.items() if url.startswith(name)), "its driver")
+            raise MachineError(f"--storage {masked(url)}: {error} Such as: pip install '{driver}'") from None
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             cause = " ".join(str(error.__cause__ or error).split())[:200]
             raise MachineError(f"--storage {masked(url)}: the database does not answer: {cause}") from None
     if local:
         _make_sqlite_share(storage.engine)
     return optuna.storages.get_storage(storage)
+
+
+def _connected(url: str, arguments: dict[str, Any], *, create: bool) -> RDBStorage:
+    import optuna
+    import sqlalchemy.exc
+
+    for attempt in range(_MEETINGS):
+        try:
+            return optuna.storages.RDBStorage(
+                url,
+                engine_kwargs=arguments,
+                skip_table_creation=not create,
+                heartbeat_interval=HEARTBEAT,
+                grace_period=GRACE,
+            )
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+            # Another machine makes the tables of a fresh database at this very moment.
+            if not create or attempt == _MEETINGS - 1:
+                raise
+            time.sleep(0.5)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _make_sqlite_share(engine: Engine) -> None:
