@@ -72,7 +72,7 @@ class Options:
     """Instead of `dense_lab.training.train`; it has to be importable."""
     reuse: tuple[Path, ...] = ()
     """Folders of other studies: a finished trial of theirs is taken over where this study has the very same spec in
-    the same role."""
+    the same role, and the data is still the same."""
     max_seeds: int | None = None
     """Arms that are undecided after the study's seeds get more, up to so many; see `dense_lab.search.looking`."""
 

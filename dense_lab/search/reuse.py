@@ -6,9 +6,13 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dense_lab.errors import InputError
 from dense_lab.results import TrialView, read_study
+
+if TYPE_CHECKING:
+    from dense_lab.study import RunSpec
 
 FILES = ("spec.json", "metrics.jsonl", "result.json")
 """What is copied, the last one last; checkpoints stay where they are."""
@@ -36,6 +40,13 @@ def check(folders: Sequence[Path], own: Path) -> None:
             raise InputError(f"--reuse {folder}: this is the study's own folder; name that of another one")
         if not (folder / "study.json").exists():
             raise InputError(f"--reuse {folder}: no study here (no study.json)")
+
+
+def fits(trial: TrialView, spec: RunSpec) -> bool:
+    """Whether a trial of this spec saw the data that it names today: a file or a package may have changed since."""
+    from dense_lab.training.loop import prepared
+
+    return trial.tags.get("data") == prepared(spec.data).fingerprint
 
 
 def take(trial: TrialView, folder: Path) -> str:

@@ -17,7 +17,7 @@ from dense_lab.search import ledger as book
 from dense_lab.search.manifest import STUDY_JSON
 from dense_lab.search.owner import this_process
 from dense_lab.search.plan import Plan
-from dense_lab.search.reuse import Shelf, take
+from dense_lab.search.reuse import Shelf, fits, take
 
 if TYPE_CHECKING:
     import optuna
@@ -124,7 +124,7 @@ class Worker:
             raise self._failed(trial, folder, problem)
         values = {**self.space.leaves(spec, params), **params}
         write_json(folder / TRIAL_FILE, {**read_json(folder / TRIAL_FILE), "values": values})
-        self._reuse(folder)
+        self._reuse(spec, folder)
         return self._trained(trial, spec, folder)
 
     def _close(self, trial: optuna.Trial) -> tuple[dict[str, Any], RunSpec | None, str]:
@@ -199,11 +199,12 @@ class Worker:
             said |= {"tuned": cell["tuned"]} if "tuned" in cell else {}
         write_json(folder / TRIAL_FILE, said)
 
-    def _reuse(self, folder: Path) -> None:
+    def _reuse(self, spec: RunSpec, folder: Path) -> None:
         """Take over what another study has trained of this very spec, if there is any."""
         said = read_json(folder / TRIAL_FILE)
         known = self.shelf.find(said["digest"], said.get("role", ""))
-        if known is not None and not ending.has_ended(folder):
+        # A trainer of the caller's own says itself what its data is.
+        if known is not None and not ending.has_ended(folder) and (self.job.train or fits(known, spec)):
             origin = take(known, folder)
             began = {"started": known.started.isoformat()} if known.started else {}
             sharing = known.tags.get("sharing", "unknown")

@@ -96,7 +96,7 @@ def _reason(error: Exception, run: Run | None) -> str:
     return f"{what}; {run.last_good()}" if run else what
 
 
-def _prepared(data: Data) -> Corpus:
+def prepared(data: Data) -> Corpus:
     """Trials of one study that run in one process share their corpus; one at a time is kept, since they are large."""
     key = f"{type(data).__module__} {data.model_dump_json()}"
     if key not in _corpora:
@@ -113,7 +113,7 @@ class Run:
 
     def __init__(self, spec: RunSpec, plugins: dict[str, str], place: Place, recorder: Recorder) -> None:
         self.spec, self.plugins, self.place, self.recorder = spec, plugins, place, recorder
-        self.corpus = _prepared(spec.data)
+        self.corpus = prepared(spec.data)
         self.plan = plan(spec.train, self.corpus.seq_len)
         check_sizes(spec.model)
         self.model: LanguageModel = spec.model.build(self.corpus.vocab_size).initialise(spec.seed).to(place.device)

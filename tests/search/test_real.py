@@ -8,6 +8,7 @@ from dense_lab.errors import InputError
 from dense_lab.files import read_json, read_lines
 from dense_lab.search import search
 from dense_lab.training import train
+from dense_lab.training.loop import _corpora
 from tests.search.helpers import HEAD, Here, study
 
 TINY = (
@@ -62,3 +63,23 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path, after):
         for name in ("whole", "parts")
     )
     assert json.dumps(whole) == json.dumps(parts)
+
+
+def test_a_trial_is_not_taken_over_when_its_data_has_changed(tmp_path):
+    (tmp_path / "a.txt").write_text("to be, or not to be: " * 200)
+    data = f"{{kind: text, path: {tmp_path / 'a.txt'}, seq_len: 32, tokenizer: byte}}"
+    text = TINY.replace("{kind: mqar, seq_len: 32, vocab: 64, pairs: 2}", data).replace(
+        "{choice: [retnet, mamba]}", "retnet"
+    )
+    text += "arms:\n  plain: {}\n  two: {model.depth: 2}\nbaseline: plain\nseeds: 1\n"
+    Here(study(tmp_path, text), tmp_path / "first", None).run()
+
+    def taken(name):
+        results = Here(study(tmp_path, text), tmp_path / name, None, reuse=(tmp_path / "first",)).run().results
+        assert results.complete
+        return ["reused_from" in trial.tags for trial in results.trials]
+
+    assert taken("same") == [True, True]
+    (tmp_path / "a.txt").write_text("that is the question. " * 200)
+    _corpora.clear()  # as in another process
+    assert taken("other") == [False, False]
