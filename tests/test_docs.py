@@ -9,6 +9,7 @@ import pytest
 
 from dense_lab import registry
 from dense_lab.cli import COMMANDS
+from dense_lab.space import Study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,6 +31,15 @@ def test_every_builtin_component_is_in_the_readme() -> None:
 def test_every_path_named_in_the_readme_exists() -> None:
     for target in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_every_study_in_the_readme_is_valid(tmp_path: Path) -> None:
+    studies = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    assert len(studies) >= 2
+    for number, text in enumerate(studies):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        Study.load(path).check_sizes()
 
 
 def test_the_readme_plugin_passes_the_kit(tmp_path: Path) -> None:
