@@ -34,7 +34,7 @@ def test_machines_that_make_the_tables_at_once_all_go_on(tmp_path, monkeypatch) 
 
 def test_tables_that_never_come_are_an_error(tmp_path, monkeypatch) -> None:
     meeting(100, monkeypatch)
-    with pytest.raises(MachineError, match="does not answer: .*duplicate key value"):
+    with pytest.raises(MachineError, match=r"does not answer: .*duplicate key value"):
         storage.open_storage(storage.default_url(tmp_path), create=True)
 
 
