@@ -17,6 +17,8 @@ other move a little; an arm that costs a quarter more is no longer of the same s
 FEWEST_SEEDS = 3
 TUNED = ("lr", "weight_decay")
 """Keys of `train` in which arms may differ if all were tuned alike."""
+NOWHERE = ", whose code is in no commit: whether it stayed the same is not recorded"
+"""Said of runs outside of a git repository, or of one with changes."""
 ROUNDING = ("checkpoints", "micro_batch_tokens")
 """Keys of `train` that change a result by rounding at most."""
 
@@ -30,8 +32,9 @@ class Clause(NamedTuple):
 
     @property
     def measured(self) -> bool:
-        """Whether the detail is a figure that belongs into the certificate's line."""
-        return self.name in ("seeds", *(name for name, _ in SIZES.values()))
+        """Whether the detail belongs into the certificate's line: a figure, or code that nobody can look up."""
+        named = self.name in ("seeds", *(name for name, _ in SIZES.values()))
+        return named or (self.name == "code" and self.detail.endswith(NOWHERE))
 
 
 def seeds(record: Record) -> list[Clause]:
@@ -172,8 +175,8 @@ def code(record: Record) -> list[Clause]:
     wrong = _unlike("commit", _tagged(record, "commit")) + _unlike("torch", _tagged(record, "torch"))
     wrong += _one_each("plugin", record, "plugins")
     commit = record.all[0].tags.get("commit", "")
-    dirty = ", with changes that were not committed" if commit.endswith("-dirty") else ""
-    return [_clause("code", wrong, f"commit {commit[:12]}{dirty}")]
+    lookup = NOWHERE if commit.endswith("-dirty") or commit == "unknown" else ""
+    return [_clause("code", wrong, f"commit {commit[:12]}{lookup}")]
 
 
 def kernels(record: Record) -> list[Clause]:

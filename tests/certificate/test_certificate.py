@@ -161,6 +161,15 @@ def test_one_thing_unfair(study: Path, name: str) -> None:
     assert detail in judged(study).line()
 
 
+@pytest.mark.parametrize("commit", ["unknown", "c" * 40 + "-dirty"])
+def test_code_that_is_in_no_commit_is_told(study: Path, commit: str) -> None:
+    for arm in ARMS:
+        for path in every(study, arm, "result.json"):
+            change(path, (("tags", "commit"), commit))
+    assert judged(study).fair
+    assert f"; commit {commit[:12]}, whose code is in no commit" in judged(study).line()
+
+
 def test_tokens(study: Path) -> None:
     for path in every(study, "span-1", "spec.json"):
         change(path, (("train", "tokens"), 2000))
