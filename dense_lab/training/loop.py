@@ -113,6 +113,7 @@ class Run:
 
     def __init__(self, spec: RunSpec, plugins: dict[str, str], place: Place, recorder: Recorder) -> None:
         self.spec, self.plugins, self.place, self.recorder = spec, plugins, place, recorder
+        provenance.commit()  # Now, and not when it ends: the folder may have changed by then.
         self.corpus = prepared(spec.data)
         self.plan = plan(spec.train, self.corpus.seq_len)
         check_sizes(spec.model)

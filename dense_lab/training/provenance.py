@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
 import subprocess
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -18,10 +20,18 @@ from dense_lab.training.device import Place
 
 
 def commit() -> str:
-    """Git commit of the project in the current folder, `-dirty` when files differ from it; else `unknown`."""
+    """Git commit of the project in the current folder, `-dirty` when files differ from it; else `unknown`.
+
+    As it was when this process first asked: the code that runs is that of then, whatever is committed meanwhile.
+    """
+    return _commit_in(Path.cwd())
+
+
+@functools.cache
+def _commit_in(folder: Path) -> str:
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, cwd=folder)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()
