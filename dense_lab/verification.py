@@ -32,8 +32,9 @@ REFERENCE = "reference"
 MODEL = "model"
 """In place of an operation: a model that could not run, so that some of what it calls was not judged."""
 Use = Literal["training", "training and decoding"]
-_TOKENS = {"cuda": 300, "cpu": 72}
-"""Longest sequence judged: beyond one chunk of every kernel, and short enough for a reference that walks."""
+_TOKENS = 512
+"""Longest sequence judged: many chunks of every kernel, all of most studies', and about a second for a reference that
+walks. Where both do not fit, rows are left out rather than tokens: rows are alike to a kernel, later tokens are not."""
 _NUMBERS = {"cuda": 2**22, "cpu": 2**14}
 """Most numbers of a [B, T, width] tensor judged; the reference's gradient keeps hundreds of such."""
 
@@ -59,7 +60,7 @@ class Case:
         length = getattr(spec.data, "seq_len", 256)
         batch = max(1, min(spec.train.micro_batch_tokens or spec.train.batch_tokens, spec.train.batch_tokens) // length)
         kind = place.device.type
-        tokens = min(length, _TOKENS[kind])
+        tokens = min(length, _TOKENS)
         fitting = max(1, _NUMBERS[kind] // (tokens * spec.model.width))
         judged = (min(batch, fitting), tokens) if size == "reduced" else (batch, length)
         return cls(spec, place, use, (batch, length), judged)

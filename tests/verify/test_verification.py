@@ -124,6 +124,20 @@ def test_a_model_that_cannot_run_is_not_called_right(study: Path, monkeypatch: p
     assert ensure(specs(study), "cpu") == "all"  # its own trials fail, those of others go on
 
 
+def test_what_is_wrong_beyond_some_token_is_caught(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cpu.selective_scan
+
+    def wrong(u, *rest, **options):
+        output, *states = right(u, *rest, **options)
+        return output * (1 + 0.01 * (torch.arange(u.shape[1]) > 400)[:, None]), *states
+
+    monkeypatch.setattr(cpu, "selective_scan", wrong)
+    assert ensure(specs(study)[:1], "cpu") == "all"  # of 32 tokens
+    study.write_text(STUDY.replace("seq_len: 32", "seq_len: 512").replace("vocab: 64", "vocab: 1024"))
+    with pytest.raises(KernelError, match="selective_scan/numba is wrong on this machine"):
+        ensure(specs(study)[:1], "cpu")
+
+
 def test_another_implementation_may_be_chosen(study: Path, planted: None) -> None:
     chosen = [spec.model_copy(update={"kernels": {"selective_scan": "reference"}}) for spec in specs(study)]
     assert ensure(chosen, "cpu") == "all"
