@@ -199,7 +199,8 @@ def _row(
 
 
 def _verdict(mean: float, adjusted: float, seeds: int, smallest: float, asked: _Asked) -> Verdict:
-    if adjusted <= asked.alpha:
+    # Two pairs can look alike by chance, and nothing tells how far from normal they are.
+    if adjusted <= asked.alpha and seeds >= FEWEST:
         return improvement(mean, asked.direction)
     enough = seeds >= FEWEST if asked.smallest_effect is None else smallest <= asked.smallest_effect
     return "no difference shown" if enough and math.isfinite(smallest) else "underpowered"
