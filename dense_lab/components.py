@@ -184,7 +184,8 @@ class Slot:
         if not isinstance(value, dict):
             raise PydanticCustomError(
                 "slot_type",
-                "expected a {slot}: a name or a mapping with 'kind', got {got}. Installed: {installed}",
+                "expected a {slot}: a name or a mapping with 'kind', got {got}. Installed: {installed}. A mapping with "
+                "'choice' lets a search choose",
                 {"slot": self.slot, "got": repr(value), "installed": installed},
             )
         kind = value.get("kind", self.default)

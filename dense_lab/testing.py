@@ -10,7 +10,7 @@ Built-in components pass the same tests. All run on a CPU in fp64; tolerances ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -219,7 +219,7 @@ class ProjectionTests(ComponentTests):
         """Shape, and no mixing of tokens."""
         projection = seeded(component.build(self.width, self.width))
         source = random(2, 5, self.width)
-        assert_per_token(projection, source, self.width)
+        assert_per_token(lambda part: projection(part(source)), self.width)
 
     def test_changes_the_width_or_says_that_it_cannot(self, component: Projection) -> None:
         """Streams of unlike width connect only through a projection that changes the width."""
@@ -244,7 +244,11 @@ class GateTests(ComponentTests):
         assert len(gates) in {0, 1, sources}
         assert gate.activation in {"none", "silu", "sigmoid"}
         for index in range(len(gates)):
-            assert_per_token(lambda x, i=index: gate(x)[i], random(2, 5, self.width), 48)
+
+            def pick(part: Part, i: int = index) -> Tensor:
+                return gate(part(random(2, 5, self.width)))[i]
+
+            assert_per_token(pick, 48)
 
 
 class TransitionTests(ComponentTests):
@@ -255,14 +259,16 @@ class TransitionTests(ComponentTests):
         """Number, shape, causality within the token."""
         transition = seeded(component.build(self.width, [48] * sources, 48))
         reads = [random(2, 5, 48, seed=i) for i in range(sources)]
-        selected = transition(random(2, 5, self.width), reads)
+        x = random(2, 5, self.width)
+        selected = transition(x, reads)
         assert len(selected.gated()) == sources
         for index in range(sources):
-            assert_per_token(
-                lambda x, i=index: transition(x, [r[:, : x.shape[1]] for r in reads]).gated()[i],
-                random(2, 5, self.width),
-                48,
-            )
+
+            def pick(part: Part, i: int = index) -> Tensor:
+                picked: Tensor = transition(part(x), [part(read) for read in reads]).gated()[i]
+                return picked
+
+            assert_per_token(pick, 48)
 
 
 class FusionTests(ComponentTests):
@@ -272,7 +278,7 @@ class FusionTests(ComponentTests):
     @pytest.mark.parametrize("gates", ["none", "shared", "per source"])
     @pytest.mark.parametrize("norm", ["none", "rmsnorm"])
     def test_fuses(self, component: Fusion, sources: int, gates: str, norm: str) -> None:
-        """Shape, no mixing of tokens, a finite gradient for everything it reads."""
+        """Shape, no mixing of tokens or rows, a finite gradient for everything it reads and every weight."""
         fusion = seeded(component.build(self.width, 48, sources))
         rms = seeded(torch.nn.RMSNorm(48, eps=1e-6)) if norm == "rmsnorm" else None
         own = random(2, 5, 48, seed=9).requires_grad_()
@@ -281,17 +287,20 @@ class FusionTests(ComponentTests):
         gate = tuple(drawn[: {"none": 0, "shared": 1, "per source": sources}[gates]])
         activation: Activation = "silu" if gate else "none"
 
-        def fuse(own: Tensor) -> Tensor:
-            n = own.shape[1]
-            cut = Selected(tuple(v[:, :n] for v in values), tuple(g[:, :n] for g in gate), activation)
-            fused: Tensor = fusion(own, cut, rms)
+        def fuse(part: Part) -> Tensor:
+            fused: Tensor = fusion(
+                part(own), Selected(tuple(map(part, values)), tuple(map(part, gate)), activation), rms
+            )
             return fused
 
-        assert_per_token(fuse, own.detach(), 48)
-        fuse(own).square().sum().backward()
-        for tensor in (own, *values, *gate):
-            assert tensor.grad is not None
-            assert tensor.grad.isfinite().all()
+        assert_per_token(fuse, 48)
+        fuse(lambda tensor: tensor).square().sum().backward()
+        reads = {"the own stream": own} | {f"source {i}": value for i, value in enumerate(values)}
+        reads |= {f"gate {i}": value for i, value in enumerate(gate)} | dict(fusion.named_parameters())
+        reads |= {"the weight of the norm it was given": rms.weight} if rms is not None else {}
+        for name, tensor in reads.items():
+            assert tensor.grad is not None, f"{name} has no part in the output: it gets no gradient"
+            assert tensor.grad.isfinite().all(), f"the gradient of {name} is not finite"
 
 
 class PatternTests(ComponentTests):
@@ -314,7 +323,8 @@ class FFNTests(ComponentTests):
         """[B, T, width] -> [B, T, width], or no module at all."""
         module = component.build(self.width)
         if module is not None:
-            assert_per_token(seeded(module), random(2, 5, self.width), self.width)
+            ffn = seeded(module)
+            assert_per_token(lambda part: ffn(part(random(2, 5, self.width))), self.width)
 
 
 class DataTests(ComponentTests):
@@ -381,8 +391,22 @@ class TokenizerTests(ComponentTests):
             assert (tokens == again.encode(seen)).all()
 
 
-def assert_per_token(function: Any, x: Tensor, width: int) -> None:
-    """The output at a token depends on that token alone, and has the width asked for."""
-    y = function(x)
-    assert y.shape == (*x.shape[:-1], width)
-    assert relative_difference(function(x[:, :2]), y[:, :2]) < ROUNDING, "the output of a token depends on later tokens"
+Part = Callable[[Tensor], Tensor]
+"""Cuts rows or tokens out of a tensor [B, T, ...]."""
+
+
+def assert_per_token(function: Callable[[Part], Tensor], width: int) -> None:
+    """The output of `function(part)`, which cuts all it reads ([2, 5, ...]) by `part`, depends at a token on that token
+    of that row alone, and has the width asked for."""
+    whole = function(lambda tensor: tensor)
+    assert whole.shape == (2, 5, width), (
+        f"the output must be {[2, 5, width]} for inputs [2, 5, ...], got {[*whole.shape]}"
+    )
+    cuts: dict[str, Part] = {
+        "later tokens": lambda tensor: tensor[:, :2],
+        "earlier tokens": lambda tensor: tensor[:, 3:],
+        "other rows of the batch": lambda tensor: tensor[1:],
+    }
+    for others, part in cuts.items():
+        far = relative_difference(function(part), part(whole))
+        assert far < ROUNDING, f"the output of a token depends on {others}: without them it differs by {far:.2g}"

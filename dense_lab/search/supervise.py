@@ -111,6 +111,14 @@ class Supervisor:
             return
         for index in free[: max(0, self.job.plan.total - finished - len(self._workers))]:
             self._workers[index] = _start(replace(self.job, index=index))
+            if self._told_to_stop():
+                # The signal came while this one was being started, and so was passed on to the others only.
+                _tell(self._workers[index].pipe, "stop")
+                return
+
+    def _told_to_stop(self) -> bool:
+        # A signal sets it at any moment, also between two lines.
+        return self.stopping
 
     def _bury(self) -> None:
         if time.monotonic() > self._stop_by:
