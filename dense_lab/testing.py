@@ -246,7 +246,8 @@ class GateTests(ComponentTests):
         for index in range(len(gates)):
 
             def pick(part: Part, i: int = index) -> Tensor:
-                return gate(part(random(2, 5, self.width)))[i]
+                gated: Tensor = gate(part(random(2, 5, self.width)))[i]
+                return gated
 
             assert_per_token(pick, 48)
 
