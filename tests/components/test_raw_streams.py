@@ -52,7 +52,7 @@ def transition(gate: dict[str, Any]) -> dict[str, Any]:
         ({"core": GAU, "dense": {**DENSE, "transition": {"kind": "gated", "projection": "linear"}}}, set()),
         ({"core": GAU, "dense": {**DENSE, "pattern": {"kind": "dilated"}}}, {"k", "v"}),
     ],
-    ids=str,
+    ids=lambda value: "-".join(sorted(value)) if isinstance(value, set) else None,
 )
 def test_finished_late_or_at_once(spec: dict[str, Any], raw: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = built(**spec)
