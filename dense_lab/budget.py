@@ -51,11 +51,6 @@ def solve(spec: RunSpec, budget: BudgetSpec) -> RunSpec:
     return spec.model_copy(update={"model": _sized(spec.model, fit.width, fit.hidden)})
 
 
-def size_of(spec: RunSpec, budget: BudgetSpec) -> float:
-    """What `budget` counts, of a run whose widths are known."""
-    return _size(spec.model, budget, _vocabulary(spec, budget))
-
-
 def _vocabulary(spec: RunSpec, budget: BudgetSpec) -> int:
     matters = budget.target == "flops_per_token" or (budget.target == "params" and budget.count == "all")
     return _vocabulary_of(type(spec.data), spec.data.model_dump_json()) if matters else 1

@@ -12,7 +12,7 @@ from dense_lab.ablation.results import Ablation, cells
 from dense_lab.errors import InputError
 from dense_lab.results import StudyResults
 from dense_lab.statistics import detectable, seeds_needed, upper_deviation
-from dense_lab.statistics.comparison import FEWEST, Pairs, finite, paired
+from dense_lab.statistics.comparison import FEWEST, Pairs, finite, paired, without_nan
 from dense_lab.statistics.paired import deviation
 
 CONFIDENCE = 0.8
@@ -75,7 +75,7 @@ class PowerPlan:
 
     def as_json(self) -> dict[str, Any]:
         """For JSON."""
-        told: dict[str, Any] = _without_nan(asdict(self))
+        told: dict[str, Any] = without_nan(asdict(self))
         return told
 
 
@@ -166,11 +166,3 @@ def _cost(results: StudyResults, ablation: Ablation, seeds: int) -> Cost:
         trials += missing
         seconds += missing * (float(np.mean(own)) if own else usual) if missing else 0.0
     return Cost(trials, seconds / 3600)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -65,7 +65,7 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """For JSON, which knows neither nan nor infinity: both become None."""
-        cleaned: dict[str, Any] = _without_nan(asdict(self))
+        cleaned: dict[str, Any] = without_nan(asdict(self))
         return cleaned
 
 
@@ -255,9 +255,10 @@ def own_interval(cells: Mapping[int, float], alpha: float) -> tuple[float, float
     return t_interval(float(sample.mean()), error, critical(len(sample) - 1, alpha, 1, "none"))
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """`value`, which JSON can hold once numbers that are none are null, however deep they stand."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dense_lab.budget import size_of
 from dense_lab.budget_spec import BudgetSpec
 from dense_lab.counting import count, parameters_by_part
 from dense_lab.errors import InputError
@@ -38,8 +37,8 @@ def test_a_tighter_tolerance_gives_up_round_widths(tmp_path: Path) -> None:
     loose, tight = (study(tmp_path, text.replace("{}", tolerance)) for tolerance in ("15%", "1%"))
     assert loose.point({}).model.width % 8 == 0
     assert tight.point({}).model.width % 8
-    assert tight.budget is not None
-    assert abs(size_of(tight.point({}), tight.budget) - 150_000) <= 1500
+    sizes = count(tight.point({}).model, vocab_size=256)
+    assert abs(sizes.parameters - sizes.embedding_parameters - 150_000) <= 1500
 
 
 def test_no_width_fits(tmp_path: Path) -> None:

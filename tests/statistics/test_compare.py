@@ -180,3 +180,12 @@ def test_json_has_no_nan() -> None:
     told = run({**table([1.0] * 3, [2.0] * 3), "b": {}}).as_json()
     assert "NaN" not in json.dumps(told, allow_nan=False)
     assert told["arms"][2]["t_interval"] == [None, None]
+
+
+def test_two_pairs_support_no_claim() -> None:
+    values = {"plain": {0: 2.0, 1: 2.1}, "arm": {0: 1.9, 1: 2.0001}}
+    (arm,) = (
+        row for row in compare(values, "plain", metric="test/loss", smallest_effect=1e-4).arms if row.arm == "arm"
+    )
+    assert arm.p_adjusted < 0.05
+    assert arm.verdict == "underpowered"
