@@ -129,6 +129,10 @@ class Data(Component):
     def prepare(self) -> Corpus:
         """Read, tokenise and split; deterministic. Raises InputError (bad path) or MachineError (offline)."""
 
+    def prepare_here(self) -> Corpus | None:
+        """As `prepare`, or None when data would have to be fetched for it: what `dense-lab check` looks at."""
+        return self.prepare()
+
     def vocabulary(self) -> int:
         """Number of different tokens; prepares the data, unless a component knows a shorter way."""
         return self.prepare().vocab_size

@@ -176,9 +176,13 @@ class Study:
         """Every single value of `run`, the one at `params`, by dotted path: what `--set` takes and MLflow shows."""
         if self.ablation:
             return frozen.plain(run.model_dump(mode="json"))
-        origins: Origins = {}
-        trees.close(self.root, _lookup(params), origins)
-        return frozen.by_path(run.model_dump(mode="json"), origins)
+        return frozen.by_path(run.model_dump(mode="json"), self.origins(params))
+
+    def origins(self, params: Mapping[str, Any]) -> Origins:
+        """What every value at a point was written as, and where, by keys and indices."""
+        found: Origins = {}
+        trees.close(self.root, _lookup(params), found)
+        return found
 
     def check_sizes(self) -> None:
         """Build the architectures on the meta device, all if there are few; raises InputError when sizes clash."""
@@ -203,7 +207,7 @@ class Study:
                 chosen = ", ".join(f"{path}={point[path]}" for path in named)
                 for p in error.problems:
                     text = f"{p.message} (at {chosen})" if chosen else p.message
-                    where = p.where or self._place("model")
+                    where = p.where or self._place(p.path or "model")
                     found.setdefault(p.message, Problem(text, p.path or "model", where))
         if found:
             raise InputError(found.values())

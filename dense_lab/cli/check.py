@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Say whether STUDY.yaml is valid, and if not, where and why.
 
-    Every option of every choice is checked, and every architecture is sized without being allocated.
+    Every option of every choice is checked, every architecture is sized without being allocated, and data that is on
+    this machine is prepared.
     """
     from dense_lab.errors import InputError
+    from dense_lab.search import data
 
     problems = []
     try:
         loaded = options.load_study(study, overrides)
         loaded.check_sizes()
+        data.prepare(loaded, lambda source: source.prepare_here())
     except InputError as error:
         if not as_json:
             raise

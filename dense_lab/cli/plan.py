@@ -24,6 +24,7 @@ WIDE = 110
 @options.device
 @options.runs
 @options.as_json
+@options.nothing_collected()
 def command(study: Path, overrides: tuple[str, ...], device: str, runs: Path, as_json: bool) -> None:
     """What STUDY.yaml is about to do: arms, solved sizes, cost, doubts. Trains nothing.
 
@@ -31,8 +32,11 @@ def command(study: Path, overrides: tuple[str, ...], device: str, runs: Path, as
     where there are any.
     """
     from dense_lab.planning import plan
+    from dense_lab.search import data
+    from dense_lab.speeds import corpus
 
     loaded = options.load_study(study, overrides)
+    data.prepare(loaded, corpus)
     found = plan(loaded, runs / loaded.name, device)
     if as_json:
         options.print_json(found.as_json())

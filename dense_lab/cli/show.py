@@ -25,11 +25,13 @@ def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """
     from dense_lab import planning
     from dense_lab.cli.live import duration
-    from dense_lab.speeds import Speeds
+    from dense_lab.search import data
+    from dense_lab.speeds import Speeds, corpus
     from dense_lab.training.device import choose_place
     from dense_lab.units import human
 
     loaded = options.load_study(study, overrides)
+    data.prepare(loaded, corpus)
     rows = planning.rows_of(loaded, Speeds(choose_place("cpu", "auto"), {}), planning.runs_of(loaded))
     tokens, seconds = planning.costs(loaded, rows)
     if as_json:

@@ -38,11 +38,15 @@ def command(
     loaded = options.load_study(study, overrides)
     _check_single(study, loaded)
     spec = loaded.point({})
+    from dense_lab.search import data
     from dense_lab.training import train
     from dense_lab.units import human
 
-    options.judge_kernels([spec], device, allow)
     folder = out or runs / loaded.name / "single"
+    if not (folder / "spec.json").exists():
+        # Before anything is written: what the user then corrects would be another run.
+        data.prepare(loaded)
+    options.judge_kernels([spec], device, allow)
     console = options.console()
 
     def tell(evaluation: Evaluation) -> None:

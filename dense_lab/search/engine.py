@@ -104,6 +104,9 @@ def search(
     shelves.check(reuse, folder)
     options = Options(workers, storage, device, trials, mlflow_uri, train, tuple(p.resolve() for p in reuse), max_seeds)
     folder = folder.resolve()
+    if train is None and not (folder / manifest.MANIFEST).exists():
+        # Before anything is written: what the user then corrects would be another study.
+        data.prepare(study)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "search.lock")
     if not lock.acquire(wait=False):
@@ -118,6 +121,7 @@ class _Search:
     def __init__(self, study: Study, folder: Path, options: Options) -> None:
         self.space, self.folder, self.options = study, folder, options
         self.uri = options.mlflow_uri or default_uri(folder)
+        self._resumed = (folder / manifest.MANIFEST).exists()
         self.plan = manifest.plan(study, folder, options.trials)
         self.looks = looking.Looks.of(study, folder, options.max_seeds)
         manifest.write(study, folder, self.plan, storage=options.storage, mlflow=options.mlflow_uri)
@@ -154,7 +158,7 @@ class _Search:
         before = book.finished(self.ledger.trials())
         if not self._extended() and not self.supervisor.may_start():
             return self._outcome(before, self._project_rest())
-        if self.options.train is None:
+        if self.options.train is None and self._resumed:
             data.prepare(self.space)
         projector = self._projector()
         with _interrupts(self._stop):

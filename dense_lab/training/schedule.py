@@ -33,11 +33,13 @@ def plan(spec: TrainSpec, seq_len: int) -> Plan:
     micro_size = (spec.micro_batch_tokens or spec.batch_tokens) // seq_len
     for name, value in (("batch_tokens", spec.batch_tokens), ("micro_batch_tokens", spec.micro_batch_tokens)):
         if value is not None and value < seq_len:
-            raise InputError(Problem(f"{value} tokens are less than one sequence of {seq_len}", f"train.{name}"))
+            message = f"{value} tokens are less than one sequence of {seq_len}: raise it, or lower `data.seq_len`"
+            raise InputError(Problem(message, f"train.{name}"))
     tokens_per_step = batch_size * seq_len
     steps = spec.tokens // tokens_per_step
     if steps == 0:
-        raise InputError(Problem(f"{spec.tokens} tokens are less than one batch of {tokens_per_step}", "train.tokens"))
+        message = f"{spec.tokens} tokens are less than one batch of {tokens_per_step}: raise it, or lower batch_tokens"
+        raise InputError(Problem(message, "train.tokens"))
     evaluations = _evenly(spec.evaluations, spec.evaluations, steps)
     checkpoints = _evenly(spec.checkpoints, spec.checkpoints + 1, steps)
     every = max(1, steps // _LOG_POINTS)

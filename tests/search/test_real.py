@@ -37,9 +37,10 @@ def test_data_that_is_not_there_is_refused_before_the_first_trial(tmp_path):
     space = study(
         tmp_path, TINY.replace("{kind: mqar, seq_len: 32, vocab: 64, pairs: 2}", "{kind: text, path: no.txt}")
     )
-    with pytest.raises(InputError, match=r"s\.yaml:4:7 data.*no\.txt"):
+    with pytest.raises(InputError, match=r"s\.yaml:4:26 data\.path: .*no\.txt"):
         search(space, tmp_path / "s", device="cpu", mlflow_uri="none")
-    assert not (tmp_path / "s" / "trials").exists()
+    # Nothing is begun that the corrected study would not fit.
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize("after", [1, 3])

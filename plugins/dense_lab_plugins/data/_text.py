@@ -72,7 +72,7 @@ class TextFields(Spec):
                     Problem(
                         f"the {split} split has {len(sequence)} {encoder.unit}s, a sequence of {self.seq_len} needs "
                         f"{self.seq_len + 1}: lower `seq_len`, raise the split's fraction, or give more text",
-                        "data",
+                        "data.seq_len",
                     )
                 )
         return TokenCorpus(tokens, encoder, self.seq_len, _fingerprint(splits, self.tokenizer, self.seq_len))

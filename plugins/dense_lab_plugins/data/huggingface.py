@@ -66,6 +66,10 @@ class HuggingFace(TextFields, Data):
         splits |= {split: self._read(name) for split, name in own.items() if name}
         return self.corpus(splits)
 
+    def prepare_here(self) -> Corpus | None:
+        """None unless it is a local folder."""
+        return self.prepare() if Path(self.name).is_dir() else None
+
     def _read(self, split: str) -> Documents:
         import datasets
 
