@@ -79,7 +79,7 @@ def _reads_states(dense: DenseSpec, core: Component, width: int) -> bool:
     """Whether some site is no stream: streams are connected without adding state."""
     if dense.span == 0 or dense.sites == "all":
         return False
-    with torch.device("meta"), _NothingDrawn():
+    with _weightless():
         streams = _shared(core).build(width).streams
     return not set(dense.sites) <= {stream.name for stream in streams}
 
@@ -108,8 +108,15 @@ _INITIALISERS = {getattr(nn.init, name) for name in dir(nn.init) if name.endswit
 _INITIALISERS |= {Tensor.uniform_, Tensor.normal_}
 
 
+@contextlib.contextmanager
+def _weightless() -> Iterator[None]:
+    """Modules built within own no memory."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
 class _Mixers(NamedTuple):
-    """All cores of a model with their dense connections."""
+    """Cores with their dense connections, of a layer or of a whole model."""
 
     core: int
     """Parameters."""
@@ -126,12 +133,11 @@ def _built(spec: ModelSpec) -> tuple[_Mixers, list[tuple[Block, int]]]:
     parts are one module."""
     kinds = spec.blocks or (BlockSpec.model_construct(core=spec.core, repeat=spec.depth),)
     parts = [(_shared(b.core), _shared(b.ffn or spec.ffn), _shared(b.dense or spec.dense), b.repeat) for b in kinds]
+    blocks = [(_block(core, ffn, spec), repeat) for core, ffn, _, repeat in parts]
     # A feed-forward layer changes nothing about the mixers.
     key = (spec.width, *((core.key, dense.key, repeat) for core, _, dense, repeat in parts))
-    with torch.device("meta"), _NothingDrawn():
-        blocks = [(_block(core, ffn, spec), repeat) for core, ffn, _, repeat in parts]
-        dense = [connection for *_, connection, repeat in parts for _ in range(repeat)]
-        mixers: _Mixers = _remembered(key, lambda: _connected(_repeated(blocks), dense, spec))
+    dense = [connection for *_, connection, repeat in parts for _ in range(repeat)]
+    mixers: _Mixers = _remembered(key, lambda: _counted(_connected(_repeated(blocks), dense, spec)))
     return mixers, blocks
 
 
@@ -139,18 +145,37 @@ def _repeated(blocks: Iterable[tuple[Block, int]]) -> list[Block]:
     return [block for block, repeat in blocks for _ in range(repeat)]
 
 
-def _connected(blocks: Sequence[Block], dense: Sequence[Any], spec: ModelSpec) -> _Mixers:
-    layers: Any = [_Layer(block) for block in blocks]
-    for index, connection in enumerate(dense):
-        connect(layers, index, connection, spec)
-    cores = [_tally(layer.core) for layer in layers]
-    connections = [(_tally(module), site in layer.reads) for layer in layers for site, module in layer.dense.items()]
-    used = [tally.linear for tally in cores] + [tally.linear for tally, reads in connections if reads]
+def _connected(blocks: Sequence[Block], dense: Sequence[Any], spec: ModelSpec) -> list[_Layer]:
+    """Every layer with its dense connections; layers of one kind that read of the same kinds are one and the same."""
+    sources = {block: _Layer(block) for block in dict.fromkeys(blocks)}
+    layers: Any = [sources[block] for block in blocks]
+    alike: dict[tuple[Any, ...], _Layer] = {}
+    found = []
+    with _weightless():
+        for index, (block, connection) in enumerate(zip(blocks, dense, strict=True)):
+            read = connection.pattern.layers(index, connection.span) if connection.span else ()
+            kind = (block, connection, *(blocks[i] for i in read))
+            if kind not in alike:
+                alike[kind] = layers[index] = _Layer(block)
+                connect(layers, index, connection, spec)
+            found.append(alike[kind])
+    return found
+
+
+def _counted(layers: Sequence[_Layer]) -> _Mixers:
+    one = {layer: _mixer(layer) for layer in dict.fromkeys(layers)}
+    core, dense, linear, recurrences = zip(*(one[layer] for layer in layers), strict=True)
+    return _Mixers(sum(core), sum(dense), sum(linear), sum(recurrences))
+
+
+def _mixer(layer: Any) -> _Mixers:
+    core = _tally(layer.core)
+    connections = [(_tally(module), site in layer.reads) for site, module in layer.dense.items()]
     return _Mixers(
-        sum(tally.parameters for tally in cores),
+        core.parameters,
         sum(tally.parameters for tally, _ in connections),
-        sum(used),
-        sum(Block.mixing_flops(layer) for layer in layers),
+        core.linear + sum(tally.linear for tally, reads in connections if reads),
+        Block.mixing_flops(layer),
     )
 
 
@@ -165,7 +190,8 @@ class _Layer:
 
 def _block(core: _Shared, ffn: _Shared, spec: ModelSpec) -> Block:
     def build() -> Block:
-        return Block(BlockSpec.model_construct(core=core, ffn=ffn), spec)  # type: ignore[arg-type]
+        with _weightless():
+            return Block(BlockSpec.model_construct(core=core, ffn=ffn), spec)  # type: ignore[arg-type]
 
     block: Block = _remembered((core.key, ffn.key, spec.width), build)
     return block
@@ -200,13 +226,23 @@ class _Shared:
 
 
 def _shared(component: Spec) -> _Shared:
-    key = _key(component)
-    if isinstance(component, DenseSpec):
-        # Its parts too: connections that differ in one thing share the rest.
-        parts: dict[str, Any] = {"transition": _shared(component.transition), "fusion": _shared(component.fusion)}
-        sites = {site: _shared(transition) for site, transition in component.site_transitions.items()}
-        component = component.model_copy(update={**parts, "site_transitions": sites})
-    return _Shared(component, key)
+    """Of one component always the same one: a solver asks for it at every width."""
+    found, shared = _shares.get(id(component), (None, None))
+    if found is not component or shared is None:
+        shared = _Shared(_parts_shared(component), _key(component))
+        if len(_shares) >= _KEPT:
+            _shares.clear()
+        _shares[id(component)] = component, shared
+    return shared
+
+
+def _parts_shared(component: Spec) -> Spec:
+    """Connections that differ in one thing share the rest."""
+    if not isinstance(component, DenseSpec):
+        return component
+    parts: dict[str, Any] = {"transition": _shared(component.transition), "fusion": _shared(component.fusion)}
+    sites = {site: _shared(transition) for site, transition in component.site_transitions.items()}
+    return component.model_copy(update={**parts, "site_transitions": sites})
 
 
 def _remembered(key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
@@ -218,6 +254,8 @@ def _remembered(key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
 
 
 _modules: dict[tuple[Any, ...], Any] = {}
+_shares: dict[int, tuple[Spec, _Shared]] = {}
+"""By the component's id, which is its own as long as it is kept here."""
 
 
 class _Tally(NamedTuple):
@@ -232,9 +270,11 @@ class _Tally(NamedTuple):
 def _tally(module: nn.Module | None) -> _Tally:
     if module is None:
         return _Tally(0, 0)
-    maps = (below for below in module.modules() if isinstance(below, nn.Linear))
-    linear = sum(below.weight.numel() * getattr(below, "applications", 1) for below in maps)
-    return _Tally(sum(parameter.numel() for parameter in module.parameters()), linear)
+    below = list(module.modules())
+    maps = (found for found in below if isinstance(found, nn.Linear))
+    linear = sum(found.weight.numel() * getattr(found, "applications", 1) for found in maps)
+    own = {parameter: None for found in below for parameter in found.parameters(recurse=False)}
+    return _Tally(sum(parameter.numel() for parameter in own), linear)
 
 
 @functools.lru_cache(_KEPT)
@@ -257,8 +297,19 @@ def _measuring() -> Iterator[None]:
     meta device torch would import its compiler for most of the arithmetic, which takes seconds."""
     library = registries.default()
     references = {name: "reference" for kernels in library.kernels for name in kernels.OPERATIONS}
-    with _NothingDrawn(), torch.no_grad(), library.kernel_session(references):
+    with _NothingDrawn(), torch.no_grad(), one_thread(), library.kernel_session(references):
         yield
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For work so small that threads would mostly wait for each other, for long where a machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _bytes(state: Any) -> int:

@@ -94,8 +94,10 @@ def plan(study: Study, folder: Path | None = None, device: str = "auto") -> Plan
 
     Raises InputError with every arm that cannot be built or that meets no budget.
     """
-    runs = runs_of(study)
     place = choose_place(device, "auto")
+    with counting.one_thread():
+        runs = runs_of(study)
+        chosen = implementations([run for _, _, run in runs], place)
     speeds = Speeds(place, measured(folder, place))
     rows = rows_of(study, speeds, runs)
     return Plan(
@@ -106,7 +108,7 @@ def plan(study: Study, folder: Path | None = None, device: str = "auto") -> Plan
         *costs(study, rows),
         speeds.told({row.source for row in rows}),
         tuple(_warnings(study, rows, [run for _, _, run in runs])),
-        implementations([run for _, _, run in runs], place),
+        chosen,
     )
 
 

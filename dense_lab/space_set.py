@@ -76,13 +76,17 @@ class Draft:
         )
         return Draft(kept, self.registry)
 
-    def below(self, at: At) -> Draft:
-        """The places at and below `at` alone."""
-        values, keys = (
-            {place: where for place, where in places.items() if place[: len(at)] == at}
-            for places in (self._values, self._keys)
-        )
-        return Draft(Document(self._document.name, {}, "", values, keys), self.registry)
+    def each(self, key: str) -> dict[str | int, Draft]:
+        """The places at and below every item of a key of the study, by item."""
+        found: dict[str | int, tuple[dict[At, str], dict[At, str]]] = {}
+        for kind, places in enumerate((self._values, self._keys)):
+            for place, where in places.items():
+                if len(place) > 1 and place[0] == key:
+                    found.setdefault(place[1], ({}, {}))[kind][place] = where
+        return {
+            item: Draft(Document(self._document.name, {}, "", *places), self.registry)
+            for item, places in found.items()
+        }
 
     def put(self, path: str, value: Any, source: Draft, at: At) -> None:
         """Put `value`, which stands at `at` of `source`, where `path` says, over what stands there.

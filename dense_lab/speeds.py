@@ -65,7 +65,7 @@ class Speeds:
         size = 8192 if self._place.device.type == "cuda" else 1024
         a = torch.randn(size, size, device=self._place.device, dtype=self._place.dtype)
         times = []
-        for _ in range(5):
+        for _ in range(3):
             start = time.perf_counter()
             (a @ a)[0, 0].item()  # Waits for a GPU.
             times.append(time.perf_counter() - start)
@@ -120,19 +120,22 @@ def _speed(trial: TrialView) -> tuple[float, float] | None:
 
 def implementations(runs: Sequence[RunSpec], place: Place, patience: float = 2.0) -> dict[str, dict[str, str]]:
     """What would compute each operation on this device, by core: found by a rehearsal over one sequence through two
-    layers of one plain and one dense architecture of each core; empty for a core whose turn is after `patience` s."""
+    layers of one architecture of each core, a dense one if there is one: its first layer is a plain one.
+
+    Empty for a core whose turn is after `patience` s.
+    """
     chosen: dict[tuple[str, bool], RunSpec] = {}
     for run in runs:
         for layer in run.model.layers():
             dense = layer.dense or run.model.dense
             chosen.setdefault((layer.core.kind_name(), dense.span > 0), run)
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, str]] = {core: {} for core, _ in chosen}
     start = time.perf_counter()
-    for (core, _), run in chosen.items():
-        ran = found.setdefault(core, {})
+    for core in found:
         if time.perf_counter() - start < patience:
-            ran.update(_ran(run, place))
-    return {core: dict(sorted(ran.items())) for core, ran in found.items()}
+            run = chosen[(core, True)] if (core, True) in chosen else chosen[(core, False)]
+            found[core] = dict(sorted(_ran(run, place).items()))
+    return found
 
 
 def _ran(run: RunSpec, place: Place) -> dict[str, str]:

@@ -201,13 +201,13 @@ def _check_keys(study: Study, draft: Draft, spec: AblationSpec) -> None:
 
 def _overridden(study: Study, draft: Draft, spec: AblationSpec) -> list[Arm]:
     """The arms of `arms`: the study with each one's overrides."""
-    shared = draft.branch(KEYS)
+    shared, places = draft.branch(KEYS), draft.each("arms")
     found, complaints = [], defaultdict(list)
     for name, overrides in draft.tree["arms"].items():
         if name.startswith("x-"):
             continue
         try:
-            found.append(_arm(study, shared, draft, name, overrides or {}))
+            found.append(_arm(study, shared, draft, places[name], name, overrides or {}))
         except InputError as error:
             for problem in error.problems:
                 complaints[problem].append(name)
@@ -224,9 +224,8 @@ def _named(problem: Problem, names: list[str], count: int) -> Problem:
     return replace(problem, message=f"{problem.message} (in arm {several})")
 
 
-def _arm(study: Study, shared: Draft, draft: Draft, name: str, overrides: dict[str, Any]) -> Arm:
+def _arm(study: Study, shared: Draft, draft: Draft, places: Draft, name: str, overrides: dict[str, Any]) -> Arm:
     own, said = shared.branch(()), dict[str, Any]()
-    places = draft.below(("arms", name))
     pairs = list(_flat(overrides, ("arms", name)))
     # Which preset it is must be known before anything can be said about what it means.
     for path, value, at in sorted(pairs, key=lambda pair: pair[0] != "model.preset"):

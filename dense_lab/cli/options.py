@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -44,6 +46,19 @@ allow_unverified = click.option(
     help="Use operations that `dense-lab verify` finds wrong on this machine, and mark the results.",
 )
 device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+
+
+@contextlib.contextmanager
+def nothing_collected() -> Iterator[None]:
+    """For a command that makes much, drops little and ends: Python's collector would look through all of torch again
+    and again, for a seventh of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def load_study(path: Path, overrides: Sequence[str]) -> Study:
