@@ -44,7 +44,7 @@ def test_the_server_and_its_workers_end_with_the_command(number: int, tmp_path: 
     started = [psutil.Process(int(pid)) for pid in (tmp_path / "pids").read_text().split()]
     command.send_signal(number)
     assert command.wait(30) == 0
-    gone, alive = psutil.wait_procs(started, timeout=10)
+    alive = psutil.wait_procs(started, timeout=10)[1]
     for process in alive:
         process.kill()
     assert not alive
