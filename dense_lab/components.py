@@ -49,6 +49,14 @@ class Component(Spec):
         """First paragraph of the docstring, on one line."""
         return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
 
+    @classmethod
+    def origin(cls) -> str:
+        """`file:line` of the class, or its module where there is no source, for messages."""
+        try:
+            return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
+        except (OSError, TypeError):
+            return cls.__module__
+
 
 class Core(Component):
     """A sequence mixer."""

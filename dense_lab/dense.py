@@ -103,7 +103,7 @@ class DenseConnection(StateConnection):
         self, spec: DenseSpec, site: Stream | StateSite, x_width: int, source_widths: Sequence[int], eps: float
     ):
         super().__init__()
-        self.width = site.width
+        self.width, self._site, self._fuses = site.width, site.name, spec.fusion
         transition = spec.site_transitions.get(site.name, spec.transition)
         self.transition = transition.build(x_width, source_widths, site.width)
         self.fusion = spec.fusion.build(x_width, site.width, len(source_widths))
@@ -122,7 +122,16 @@ class DenseConnection(StateConnection):
     def forward(self, x: Tensor, own: Tensor, sources: Sequence[Tensor]) -> Tensor:
         """x [B, T, x_width] is the layer's input, own [B, T, W], sources [B, T, source width] each; gives [B, T, W]."""
         selected: Selected = self.transition(x, sources)
-        fused: Tensor = self.fusion(own, selected, self.norm)
+        return self._checked(self.fusion(own, selected, self.norm), own)
+
+    def _checked(self, fused: Tensor, own: Tensor) -> Tensor:
+        """`fused`; raises InputError when it cannot take the place of own."""
+        # Where shapes broadcast, a wrong one would train silently.
+        if fused.shape != own.shape:
+            raise InputError(
+                f"fusion {self._fuses.kind_name()!r} (defined at {self._fuses.origin()}) makes a tensor of shape "
+                f"{list(fused.shape)} of stream {self._site}, expected {list(own.shape)}, the shape of the layer's own"
+            )
         return fused
 
     def takes_raw(self) -> bool:
@@ -149,7 +158,8 @@ class DenseConnection(StateConnection):
         else:
             (hidden,) = mapped
             found = RawGate((), hidden, rounded(weights[1], hidden.dtype), gate.activation)
-        return self.fusion.fuse_raw(raw, found, self.norm)
+        fused, own = self.fusion.fuse_raw(raw, found, self.norm)
+        return self._checked(fused, raw.own), own
 
     def gates(self, x: Tensor, sources: int) -> tuple[Tensor, ...] | None:
         """Activated gates [B, T, W], one per source, when the connection is own + sum of gate * source, else None."""
