@@ -137,6 +137,11 @@ def test_a_mixture_has_rows_of_every_size_by_share() -> None:
         assert (batch.targets[rows][:, length:] == IGNORED).all()
 
 
+@pytest.mark.parametrize("spec", [MQAR(seq_len=16, pairs=2), MQAR(mixture=[{"seq_len": 16, "pairs": 2}], vocab=64)])
+def test_a_spec_is_read_again_as_it_was_written(spec: MQAR) -> None:
+    assert MQAR.model_validate_json(spec.model_dump_json()) == spec
+
+
 def test_a_test_asks_every_size_equally_often_at_its_own_length() -> None:
     tests = [{"seq_len": 16, "pairs": 4}, {"seq_len": 64, "pairs": 16}]
     batches = list(MQAR(seq_len=32, pairs=2, tests=tests, vocab=100).prepare().eval_batches("test", 7, 80 * 20))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from dense_lab.components import Data, Spec
 from dense_lab.corpus import IGNORED, Batch, Corpus, Split
@@ -77,6 +77,12 @@ class MQAR(Data):
         if self.vocab <= longest:
             raise ValueError(f"vocab must be above seq_len {longest}, got {self.vocab}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What is stored must be readable again, and a mixture with a size beside it is refused.
+        dumped: dict[str, Any] = handler(self)
+        return {key: value for key, value in dumped.items() if not (self.mixture and key in ("seq_len", "pairs"))}
 
     def sizes(self, split: Split) -> tuple[Rows, ...]:
         """Sizes of a split's rows."""
