@@ -31,8 +31,8 @@ __all__ = ["Choice", "Float", "Int", "Parameter", "Point", "Study"]
 
 DEEPEST = 1000
 """Blocks of a model; more is a slip."""
-_SIZED_IN_FULL = 64
-"""Up to this many points, `check_sizes` builds each of them."""
+_FEW = 64
+"""Up to this many points, each of them is looked at before anything runs."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,11 @@ class Study:
             return [{"arm": arm.name, "seed": self.ablation.spec.seeds[0]} for arm in self.ablation.arms]
         return trees.cover(self.root)
 
+    def points(self) -> list[Point]:
+        """Every point if there are few, otherwise those of `covering`."""
+        size = self.size()
+        return self.grid() if not self.ablation and size is not None and size <= _FEW else self.covering()
+
     def close(self, suggest: Callable[[Parameter], Any]) -> RunSpec:
         """The run whose open values `suggest` decides: a label of a Choice, a number within a range.
 
@@ -188,11 +193,9 @@ class Study:
         """Build the architectures on the meta device, all if there are few; raises InputError when sizes clash."""
         from dense_lab.counting import check_sizes
 
-        number = self.size()
         found: dict[str, Problem] = {}
         seen = set()
-        few = number is not None and number <= _SIZED_IN_FULL and self.ablation is None
-        for point in self.grid() if few else self.covering():
+        for point in self.points():
             try:
                 model = self.point(point).model
                 if (text := model.model_dump_json()) in seen:

@@ -84,8 +84,7 @@ class Draft:
                 if len(place) > 1 and place[0] == key:
                     found.setdefault(place[1], ({}, {}))[kind][place] = where
         return {
-            item: Draft(Document(self._document.name, {}, "", *places), self.registry)
-            for item, places in found.items()
+            item: Draft(Document(self._document.name, {}, "", *places), self.registry) for item, places in found.items()
         }
 
     def put(self, path: str, value: Any, source: Draft, at: At) -> None:

@@ -11,48 +11,19 @@ Built-in components pass the same tests. All run on a CPU in fp64; tolerances ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dense_lab.components import FFN, Component, Core, Data, Fusion, Gate, Pattern, Projection, Tokenizer, Transition
-from dense_lab.modules import Activation, CoreModule, Selected, State
+from dense_lab.modules import Activation, CoreModule, Selected
+from dense_lab.probing import ROUNDING, Part, called, leaks, random, relative_difference, seeded, tensors
+
+__all__ = ["ROUNDING", "leaks", "random", "relative_difference", "seeded", "tensors"]
 
 WIDTH = 32
 """Width of the layer in these tests; override the class attribute `width` for a component that needs another."""
-ROUNDING = 1e-11
-"""Largest difference, relative to the largest value, between two fp64 ways to compute the same thing."""
-
-
-def relative_difference(got: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value expected (at least 1)."""
-    assert got.shape == expected.shape, f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
-    if expected.numel() == 0:
-        return 0.0
-    got, expected = got.detach(), expected.detach()
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1))
-
-
-def tensors(tree: State) -> list[Tensor]:
-    """All tensors of a state, in order."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def seeded(module: Any, seed: int = 0) -> Any:
-    """The module in fp64 with small random weights, none of them zero, so that no term goes unseen."""
-    generator = torch.Generator().manual_seed(seed)
-    module = module.double()
-    for parameter in module.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data.add_(noise * 0.1 if parameter.ndim < 2 else noise * parameter.shape[-1] ** -0.5)
-    return module
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers in fp64."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class ComponentTests:
@@ -127,14 +98,13 @@ class CoreTests(ComponentTests):
 
     def test_is_causal(self, core: CoreModule, x: Tensor) -> None:
         """Changing tokens after t leaves outputs up to t unchanged."""
-        changed = x.clone()
-        changed[:, 12:] = random(*changed[:, 12:].shape, seed=1)
-        y, z = core(x)[0], core(changed)[0]
-        assert relative_difference(z[:, :12], y[:, :12]) < ROUNDING
-        assert relative_difference(z[:, 12:], y[:, 12:]) > 1e-3, "later outputs ignore their inputs"
+        assert leaks(lambda part: core(part(x))[0])["later tokens"] < ROUNDING
+        changed = torch.cat([x[:, :12], random(2, self.tokens - 12, self.width, seed=1)], 1)
+        assert relative_difference(core(changed)[0], core(x)[0]) > 1e-3, "later outputs ignore their inputs"
 
     def test_rows_are_independent(self, core: CoreModule, x: Tensor) -> None:
         """A sequence's output does not depend on the others in the batch."""
+        assert leaks(lambda part: core(part(x))[0])["other rows of the batch"] < ROUNDING
         assert relative_difference(core(x[:1])[0], core(x)[0][:1]) < ROUNDING
 
     def test_state_does_not_grow(self, core: CoreModule, x: Tensor) -> None:
@@ -217,9 +187,7 @@ class ProjectionTests(ComponentTests):
 
     def test_maps_a_source(self, component: Projection) -> None:
         """Shape, and no mixing of tokens."""
-        projection = seeded(component.build(self.width, self.width))
-        source = random(2, 5, self.width)
-        assert_per_token(lambda part: projection(part(source)), self.width)
+        assert_per_token(called(component, self.width, self.width, 1, 5), self.width)
 
     def test_changes_the_width_or_says_that_it_cannot(self, component: Projection) -> None:
         """Streams of unlike width connect only through a projection that changes the width."""
@@ -258,18 +226,7 @@ class TransitionTests(ComponentTests):
     @pytest.mark.parametrize("sources", [1, 3])
     def test_selects(self, component: Transition, sources: int) -> None:
         """Number, shape, causality within the token."""
-        transition = seeded(component.build(self.width, [48] * sources, 48))
-        reads = [random(2, 5, 48, seed=i) for i in range(sources)]
-        x = random(2, 5, self.width)
-        selected = transition(x, reads)
-        assert len(selected.gated()) == sources
-        for index in range(sources):
-
-            def pick(part: Part, i: int = index) -> Tensor:
-                picked: Tensor = transition(part(x), [part(read) for read in reads]).gated()[i]
-                return picked
-
-            assert_per_token(pick, 48)
+        assert_per_token(called(component, self.width, 48, sources, 5), 48 * sources)
 
 
 class FusionTests(ComponentTests):
@@ -322,10 +279,7 @@ class FFNTests(ComponentTests):
 
     def test_maps_tokens(self, component: FFN) -> None:
         """[B, T, width] -> [B, T, width], or no module at all."""
-        module = component.build(self.width)
-        if module is not None:
-            ffn = seeded(module)
-            assert_per_token(lambda part: ffn(part(random(2, 5, self.width))), self.width)
+        assert_per_token(called(component, self.width, self.width, 0, 5), self.width)
 
 
 class DataTests(ComponentTests):
@@ -392,13 +346,11 @@ class TokenizerTests(ComponentTests):
             assert (tokens == again.encode(seen)).all()
 
 
-Part = Callable[[Tensor], Tensor]
-"""Cuts rows or tokens out of a tensor [B, T, ...]."""
-
-
-def assert_per_token(function: Callable[[Part], Tensor], width: int) -> None:
+def assert_per_token(function: Callable[[Part], Tensor] | None, width: int) -> None:
     """The output of `function(part)`, which cuts all it reads ([2, 5, ...]) by `part`, depends at a token on that token
-    of that row alone, and has the width asked for."""
+    of that row alone, and has the width asked for; None is no module at all."""
+    if function is None:
+        return
     whole = function(lambda tensor: tensor)
     assert whole.shape == (2, 5, width), (
         f"the output must be {[2, 5, width]} for inputs [2, 5, ...], got {[*whole.shape]}"

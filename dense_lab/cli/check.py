@@ -31,6 +31,7 @@ def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         loaded = options.load_study(study, overrides)
         loaded.check_sizes()
         data.prepare(loaded, lambda source: source.prepare_here())
+        options.look_at_outsiders(loaded)
     except InputError as error:
         if not as_json:
             raise

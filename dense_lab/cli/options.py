@@ -106,6 +106,14 @@ def judge_kernels(runs: Iterable[RunSpec], device: str, allow: Literal["verified
         click.echo(f"kernels judged on this machine in {seconds:.0f} s, remembered from now on: {found}", err=True)
 
 
+def look_at_outsiders(study: Study) -> None:
+    """Try the combinations of components that are not built in; raises InputError for one whose output foresees."""
+    from dense_lab.outsiders import look
+
+    for sentence in look((study.point(point).model for point in study.points()), study.registry):
+        click.echo(sentence, err=True)
+
+
 def print_json(value: Any) -> None:
     """`value` as indented JSON on standard output."""
     click.echo(json.dumps(value, indent=2, default=str))

@@ -68,6 +68,7 @@ def command(
     loaded.check_sizes()
     from dense_lab.search import search
 
+    options.look_at_outsiders(loaded)
     options.judge_kernels((loaded.point(point) for point in loaded.covering()), device, allow)
     folder = runs / loaded.name
     go = functools.partial(

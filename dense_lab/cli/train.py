@@ -46,6 +46,7 @@ def command(
     if not (folder / "spec.json").exists():
         # Before anything is written: what the user then corrects would be another run.
         data.prepare(loaded)
+    options.look_at_outsiders(loaded)
     options.judge_kernels([spec], device, allow)
     console = options.console()
 

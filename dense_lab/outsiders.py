@@ -1,0 +1,114 @@
+"""A look at components that are not built in, before anything is trained with them.
+
+A model that reads the next token, or other rows of its batch, trains without complaint, to a loss that is too good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from dense_lab.components import Component
+from dense_lab.errors import InputError
+from dense_lab.model import ModelSpec
+from dense_lab.probing import called, leaks, seeded
+from dense_lab.registry import BUILTIN, Registry
+from dense_lab.study import components_of
+
+TOLERANCE = 1e-4
+"""Largest difference, relative to the largest value, that rounding may explain; in single precision it is near 1e-6."""
+_TOKENS, _VOCABULARY = 32, 16
+
+
+def look(models: Iterable[ModelSpec], registry: Registry) -> list[str]:
+    """Try every combination of components of which one is not built in, once, on few tokens, on the CPU.
+
+    Returns a sentence for each that could not be tried. Raises InputError, with every component concerned, when
+    outputs depend on later tokens or on other rows of the batch, or when a fused stream has the wrong shape.
+    """
+    if all(plugin.name == BUILTIN.name for plugin in registry.plugins if plugin.components):
+        return []
+    tried: dict[frozenset[tuple[type, str]], str] = {}
+    for model in models:
+        parts = {(type(part), part.model_dump_json()): part for part in components_of(model)}
+        strangers = [part for part in parts.values() if _owner(part, registry)[0] != BUILTIN.name]
+        key = frozenset(parts)
+        if strangers and key not in tried:
+            tried[key] = _tried(model, strangers, registry)
+    return list(dict.fromkeys(filter(None, tried.values())))
+
+
+def _tried(model: ModelSpec, strangers: Sequence[Component], registry: Registry) -> str:
+    """Why the model could not be tried, if so."""
+    try:
+        found = _leaks(_shortened(model), registry)
+    except InputError:
+        raise
+    # The isolation boundary: what a stranger's module cannot do here it may be able to on the training device.
+    except Exception as error:  # noqa: BLE001
+        names = ", ".join(_named(part, registry) for part in strangers)
+        said = " ".join(str(error).split())
+        return f"{names}: not tried for leaks, since on the CPU it raised {type(error).__name__}: {said}"
+    seen = {what: far for what, far in found.items() if not far <= TOLERANCE}
+    if not seen:
+        return ""
+    blamed = [part for part in strangers if _leaks_alone(part, model.width, registry)]
+    names = ", ".join(_named(part, registry) for part in blamed or strangers)
+    which = "" if len(blamed or strangers) == 1 else "one of "
+    depends = " and ".join(f"{what} (with those changed, outputs differ by {far:.2g})" for what, far in seen.items())
+    raise InputError(
+        f"{which}{names}: the output at a token depends on {depends}; rounding explains {TOLERANCE:g}, relative to the "
+        f"largest output. What is trained so sees what it is to predict, and its loss means nothing. "
+        f"`dense_lab.testing` has tests that a component inherits, and that show where"
+    )
+
+
+def _leaks(model: ModelSpec, registry: Registry) -> dict[str, float]:
+    module = seeded(model.build(_VOCABULARY), dtype=torch.float32)
+    module.kernels = _references(registry)
+    ids = torch.randint(_VOCABULARY, (2, _TOKENS), generator=torch.Generator().manual_seed(0))
+
+    def logits(part: object) -> torch.Tensor:
+        torch.manual_seed(0)  # Dropout is to drop the same.
+        found: torch.Tensor = module(part(ids))  # type: ignore[operator]
+        return found
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return leaks(logits)
+
+
+def _leaks_alone(part: Component, width: int, registry: Registry) -> bool:
+    try:
+        with torch.no_grad(), registry.kernel_session(_references(registry)):
+            function = called(part, width, width, 2, _TOKENS, torch.float32)
+            return function is not None and any(not far <= TOLERANCE for far in leaks(function).values())
+    # The isolation boundary: it may not fit these widths; the model as a whole was tried already.
+    except Exception:  # noqa: BLE001
+        return False
+
+
+def _shortened(model: ModelSpec) -> ModelSpec:
+    """As few layers as connect all that is connected; a component may depend on the width."""
+    blocks = model.blocks and tuple(block.model_copy(update={"repeat": min(block.repeat, 2)}) for block in model.blocks)
+    return model.model_copy(update={"blocks": blocks, "depth": min(model.depth, model.dense.span + 1)})
+
+
+def _references(registry: Registry) -> dict[str, str]:
+    """They need no compiler."""
+    found = {}
+    for library in registry.kernels:
+        for operation in library.OPERATIONS:
+            if hasattr(library, "implementations") and "reference" in library.implementations(operation):
+                found[operation] = "reference"
+    return found
+
+
+def _owner(part: Component, registry: Registry) -> tuple[str, str]:
+    plugin = registry.owner(part.slot, part.kind_name())
+    return plugin.name, plugin.version
+
+
+def _named(part: Component, registry: Registry) -> str:
+    name, version = _owner(part, registry)
+    return f"{part.slot} {part.kind_name()!r} of {name}, {version} (defined at {part.origin()})"

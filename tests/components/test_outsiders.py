@@ -1,0 +1,91 @@
+"""Components that are not built in are tried before anything is trained with them."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dense_lab import registry as registries
+from dense_lab.cli import group
+from dense_lab.errors import InputError
+from dense_lab.model import ModelSpec
+from dense_lab.outsiders import look
+from dense_lab.registry import Registry
+
+ODD = Path(__file__).with_name("odd.py")
+GLA = Path(__file__).parents[2] / "plugins" / "dense-lab-gla" / "dense_lab_gla.py"
+LEAKS = [
+    ("core", "next", "later tokens"),
+    ("core", "batch", "other rows of the batch"),
+    ("fusion", "next", "later tokens"),
+    ("fusion", "batch", "other rows of the batch"),
+]
+
+
+@pytest.fixture(scope="module")
+def odd() -> Registry:
+    """Built-in components and those of odd.py."""
+    return registries.load((ODD, GLA), (registries.BUILTIN,))
+
+
+def model(registry: Registry, core: object = "retnet", fusion: object = "add", **rest: object) -> ModelSpec:
+    tree = {"width": 32, "depth": 3, "core": core, "dense": {"fusion": fusion}, **rest}
+    return ModelSpec.model_validate(tree, context={"registry": registry})
+
+
+@pytest.mark.parametrize(("slot", "how", "seen"), LEAKS)
+def test_what_leaks_is_refused_by_name(odd: Registry, slot: str, how: str, seen: str) -> None:
+    others = {"core": {"kind": "odd"}, "fusion": {"kind": "odd"}}
+    with pytest.raises(InputError) as caught:
+        look([model(odd, **{**others, slot: {"kind": "odd", "how": how}})], odd)
+    said = str(caught.value)
+    assert re.match(rf"{slot} 'odd' of odd\.py, loose file \(defined at {ODD}:\d+\): the output at a token", said)
+    assert seen in said
+
+
+def test_what_mixes_rows_in_training_alone_is_refused(odd: Registry) -> None:
+    with pytest.raises(InputError, match=r"ffn 'odd' .* other rows of the batch"):
+        look([model(odd, ffn="odd", dropout=0.1)], odd)
+
+
+def test_a_wrong_shape_is_refused(odd: Registry) -> None:
+    with pytest.raises(InputError, match=r"fusion 'odd' .* shape \[2, 32, 31\] of stream k, expected \[2, 32, 32\]"):
+        look([model(odd, fusion={"kind": "odd", "how": "shape"})], odd)
+
+
+def test_what_is_right_passes_soon(odd: Registry) -> None:
+    models = [model(odd, core, fusion, dropout=0.1) for core in ("odd", "gla", "mamba") for fusion in ("odd", "add")]
+    assert look(models, odd) == []
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        look(models[:1], odd)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1
+
+
+def test_what_cannot_run_here_is_said(odd: Registry) -> None:
+    (said,) = look([model(odd, {"kind": "odd", "how": "device"})] * 2, odd)
+    assert said.endswith("not tried for leaks, since on the CPU it raised RuntimeError: needs a GPU")
+
+
+def test_built_in_components_alone_are_not_tried(odd: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dense_lab.outsiders._leaks", None)
+    assert look([model(odd)], odd) == []
+
+
+@pytest.mark.parametrize("command", ["check", "search", "train"])
+def test_commands_look_before_anything_begins(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registries, "_default", None)
+    monkeypatch.chdir(tmp_path)
+    core = "{kind: odd, how: next}" if command == "train" else "{choice: [retnet, {kind: odd, how: next}]}"
+    text = f"model: {{width: 16, depth: 1, core: {core}}}\ntrain: {{tokens: 1k, batch_tokens: 512}}\n"
+    Path("s.yaml").write_text(f"dense_lab: 1\n{text}search: {{trials: 2}}\n")
+    result: Result = CliRunner().invoke(group, ["--plugin", str(ODD), command, "s.yaml"])
+    assert isinstance(result.exception, InputError)
+    assert "core 'odd'" in str(result.exception)
+    assert not Path("runs").exists()
