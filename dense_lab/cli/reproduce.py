@@ -116,13 +116,14 @@ def _tell(made: Reproduction) -> None:
             text(one.recorded),
             text(one.new),
             f"{one.deviation:.2g}" if math.isfinite(one.deviation) else "",
+            f"{one.share:.2g}" if math.isfinite(one.share) else "",
             escape(f"[{text(one.interval[0])}, {text(one.interval[1])}]") if math.isfinite(one.interval[0]) else "",
             one.outcome,
         ]
         for one in made.agreements
     ]
-    columns = ("of", "arm", "seed", "recorded", "new", "deviation", "expected", "outcome")
-    options.print_table(made.recorded.metric, columns, rows, right=columns[2:7])
+    columns = ("of", "arm", "seed", "recorded", "new", "deviation", "of spread", "expected", "outcome")
+    options.print_table(made.recorded.metric, columns, rows, right=columns[2:8])
     console = options.console()
     console.print(made.summary(), style="green" if made.reproduced else "red")
     earlier = "" if made.trained else " (nothing was trained just now: all are of an earlier call)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from dense_lab import registry
 from dense_lab.errors import InputError
 from dense_lab.files import write_json
-from dense_lab.reproduce.agreement import Agreement, Cells, Held
+from dense_lab.reproduce.agreement import Agreement, Cells, Expected, Held
 from dense_lab.reproduce.environment import Difference, differences, threads
 from dense_lab.reproduce.recorded import Recorded, recorded
+from dense_lab.statistics.comparison import without_nan
 
 if TYPE_CHECKING:
     from dense_lab.results import StudyResults
@@ -61,21 +62,19 @@ class Reproduction:
         if equal == len(runs):
             return f"reproduced: {equal} of {equal} runs bit for bit"
         off = [one for one in self.agreements if not one.holds]
-        largest = max((abs(one.deviation) for one in runs if one.new is not None), default=math.nan)
-        bits = f"{equal} of {len(runs)} runs bit for bit, largest deviation of a run {largest:.2g}"
-        if not self.environment and "cpu" in runs_on(self.recorded):
-            bits += ", though nothing that is recorded of the environment has changed"
+        bits = f"{equal} of {len(runs)} runs bit for bit, {_largest(runs)}"
+        if any(one.outcome == "not exact" for one in runs):
+            bits += "; on a CPU and with all that is recorded of the environment unchanged, every run should be"
         if not off:
-            return f"reproduced: all numbers fall inside the recorded spread ({level}); {bits}"
+            return f"reproduced: all numbers are where they were expected ({level}); {bits}"
+        shifted = [one.arm for one in off if one.kind == "paired" and one.outcome == "outside"]
+        moved = f", all seeds of {', '.join(shifted)} have moved one way" if shifted else ""
         count = f"{len(off)} of {len(self.agreements)} numbers"
-        return f"NOT reproduced: {count} are not where they were expected ({level}); {bits}"
+        return f"NOT reproduced: {count} are not where they were expected ({level}){moved}; {bits}"
 
     def as_json(self) -> dict[str, Any]:
         """For JSON, which knows no number that is none."""
-        rows = [
-            {**asdict(one), "interval": [end if math.isfinite(end) else None for end in one.interval]}
-            for one in self.agreements
-        ]
+        rows = without_nan([asdict(one) for one in self.agreements])
         return {
             "reproduced": self.reproduced,
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -90,9 +89,13 @@ class Reproduction:
         }
 
 
-def runs_on(found: Recorded) -> str:
-    """The devices of the recorded runs."""
-    return ", ".join(sorted({trial.tags.get("device", "unknown") for trial in found.trials}))
+def _largest(runs: Sequence[Agreement]) -> str:
+    """How far a run is from the recorded one at most."""
+    worst = max((one for one in runs if one.new is not None), key=lambda one: abs(one.deviation), default=None)
+    if worst is None:
+        return "no run to compare"
+    share = f", {worst.share:.2g} of the spread between seeds" if math.isfinite(worst.share) else ""
+    return f"each within {abs(worst.deviation):.2g} of the recorded one{share}"
 
 
 def reproduce(
@@ -169,9 +172,17 @@ def _check_made(found: Recorded, into: Path, environment: list[Difference]) -> N
 
 def _held(found: Recorded, into: Path, environment: list[Difference], outcome: Outcome) -> Reproduction:
     new = _cells(outcome.results, found.metric)
-    held = Held(found.metric, found.alpha, found.baseline, found.chosen, found.known, new)
+    held = Held(
+        found.metric, found.alpha, found.baseline, found.chosen, found.known, new, _expected(found, environment)
+    )
     agreements = () if outcome.stopped else tuple(held.agreements())
     return Reproduction(found, into, tuple(environment), agreements, outcome.stopped, outcome.trained)
+
+
+def _expected(found: Recorded, environment: Sequence[Difference]) -> Expected:
+    # A GPU may take sums in another order every time.
+    on_cpu = all(trial.tags.get("device", "").startswith("cpu") for trial in found.trials)
+    return "bits" if on_cpu and not environment else "spread"
 
 
 def _study(found: Recorded, into: Path) -> Study:

@@ -11,9 +11,10 @@ from dense_lab.errors import InputError, MachineError
 from dense_lab.files import read_json, write_json
 from dense_lab.registry import default
 from dense_lab.reproduce import reproduce
-from dense_lab.reproduce.agreement import expected
+from dense_lab.reproduce.agreement import EVERY_ARM, Spread, expected, pairwise
 from dense_lab.reproduce.recorded import recorded, stored_spec
 from dense_lab.space import Study
+from dense_lab.training import train
 from tests.reproduce import fakes
 from tests.search.helpers import HEAD, Here, study
 
@@ -58,7 +59,7 @@ def test_the_same_numbers_are_exact(finished):
     made = reproduce(finished, train=fakes.steady, **OPTIONS)
     assert made.reproduced
     assert set(outcomes(made).values()) == {"exact"}
-    assert len(made.agreements) == 2 * 3 + 2 + 1
+    assert len(made.agreements) == 2 * 3 + 2 * 2 + 1 + 1
     assert made.summary() == "reproduced: 6 of 6 runs bit for bit"
     assert made.folder == finished / "reproduced" / "all"
     assert read_json(made.folder / "reproduce.json") == json.loads(json.dumps(made.as_json()))
@@ -82,7 +83,20 @@ def test_other_numbers_are_outside_but_their_differences_need_not_be(finished):
     said = outcomes(made)
     assert {said["trial", "plain", seed] for seed in range(3)} == {"outside"} == {said["arm", "dense", None]}
     assert said["difference", "dense", None] == "inside"
-    assert made.summary().startswith("NOT reproduced: 8 of 9 numbers")
+    assert made.summary().startswith("NOT reproduced: 11 of 12 numbers")
+
+
+def test_a_shift_that_all_seeds_share_is_seen_though_every_run_is_inside(finished):
+    made = reproduce(finished, train=fakes.nudged, **OPTIONS)
+    said = outcomes(made)
+    assert {outcome for (kind, *_), outcome in said.items() if kind in ("trial", "arm", "difference")} == {"inside"}
+    assert {arm: outcome for (kind, arm, _), outcome in said.items() if kind == "paired"} == dict.fromkeys(
+        ("plain", "dense", EVERY_ARM), "outside"
+    )
+    assert not made.reproduced
+    assert "all seeds of plain, dense, (every arm) have moved one way" in made.summary()
+    assert "each within 0.02 of the recorded one" in made.summary()
+    assert reproduce(finished, train=fakes.rounded, into=finished / "b", **OPTIONS).reproduced
 
 
 def test_a_run_that_fails_is_not_reproduced(finished):
@@ -97,7 +111,7 @@ def test_a_run_that_fails_is_not_reproduced(finished):
 def test_arms_and_seeds_are_chosen_and_finished_runs_kept(finished, tmp_path):
     into = tmp_path / "again"
     first = reproduce(finished, train=fakes.steady, arms=["plain"], seeds=[0, 2], into=into, **OPTIONS)
-    assert list(outcomes(first)) == [("trial", "plain", 0), ("trial", "plain", 2), ("arm", "plain", None)]
+    assert [key[::2] for key in outcomes(first)] == [("trial", 0), ("trial", 2), ("arm", None), ("paired", None)]
     assert len(fakes.calls(into)) == 2
     whole = reproduce(finished, train=fakes.steady, arms=["plain"], into=into, **OPTIONS)
     assert whole.reproduced
@@ -210,6 +224,46 @@ def test_the_interval_covers_new_runs_as_often_as_it_says():
         misses += not low <= chance.normal(size=2).mean() <= high
     # Four standard deviations of a binomial.
     assert abs(misses / repeats - alpha) < 4 * math.sqrt(alpha * (1 - alpha) / repeats)
+
+
+@pytest.mark.parametrize("grown", [1e-3, 0.1, 1.0], ids="rounding grown to {} of the seeds' own spread".format)
+def test_honest_runs_are_paired_as_often_as_it_says_and_shifts_are_found(grown):
+    """10 arms of 3 seeds; runs with one seed end `grown` times as far apart as runs with two."""
+    chance, misses, found, repeats, alpha = np.random.default_rng(1), 0, 0, 1000, 0.1
+    for _ in range(repeats):
+        recorded = chance.normal(size=(10, 3))
+        # Of one variance with the recorded ones, correlated with them.
+        share = 1 - grown**2
+        new = share * recorded + math.sqrt(1 - share**2) * chance.normal(size=(10, 3))
+        spreads = Spread.of(recorded[:1].tolist()), Spread.of(recorded.tolist())
+        low, high = pairwise(recorded[0].tolist(), new[0].tolist(), *spreads, alpha)
+        misses += not low <= new[0].mean() <= high
+        found += not low <= new[0].mean() + 4 <= high
+    # Four standard deviations of a binomial; NEGLIGIBLE and the two limits make it rarer.
+    assert misses / repeats < alpha + 4 * math.sqrt(alpha * (1 - alpha) / repeats)
+    assert found / repeats > 0.9
+
+
+def faster(spec, folder, **options):
+    """Trains with a rate 1.3 times as high, and records what it should have."""
+    train(
+        spec.model_copy(update={"train": spec.train.model_copy(update={"lr": 1.3 * spec.train.lr})}), folder, **options
+    )
+    write_json(folder / "spec.json", {**read_json(folder / "spec.json"), **spec.model_dump(mode="json")})
+
+
+def test_a_planted_change_of_real_runs_is_seen_and_an_honest_rerun_passes(tmp_path, here, monkeypatch):
+    """Three seeds on a CPU; nothing that is recorded of the environment has changed."""
+    monkeypatch.setattr("dense_lab.reproduce.rerun.differences", lambda *_: [])
+    monkeypatch.setattr("dense_lab.reproduce.rerun.CODE", ())
+    made = Here(study(tmp_path, ABLATION), tmp_path / "runs" / "s", None)
+    made.run()
+    honest = reproduce(made.folder, arms=["plain"], into=tmp_path / "honest", device="cpu")
+    assert honest.summary() == "reproduced: 3 of 3 runs bit for bit"
+    planted = reproduce(made.folder, arms=["plain"], into=tmp_path / "planted", device="cpu", train=faster)
+    assert {outcomes(planted)["trial", "plain", seed] for seed in range(3)} == {"not exact"}
+    assert not planted.reproduced
+    assert "0 of 3 runs bit for bit" in planted.summary()
 
 
 def test_the_command_says_what_it_found_and_ends_accordingly(tmp_path):
