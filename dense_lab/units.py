@@ -41,6 +41,11 @@ def human(value: float, unit: str = "") -> str:
     return f"{value:.3g}" + (f" {unit}" if unit else "")
 
 
+def counted(number: int, what: str) -> str:
+    """`1 worker`, `2 workers`."""
+    return f"{number} {what}" + "s" * (number != 1)
+
+
 Count = Annotated[int, BeforeValidator(number), Field(gt=0)]
 """A positive whole number; accepts units."""
 Size = Annotated[int, BeforeValidator(number), Field(ge=0)]

@@ -46,7 +46,7 @@ def command(study: Path, overrides: tuple[str, ...], device: str, runs: Path, as
 
 def _print(plan: Plan) -> None:
     from dense_lab.cli.live import duration
-    from dense_lab.units import human
+    from dense_lab.units import counted, human
 
     console = options.console()
     columns: dict[str, tuple[int, Callable[[Row], str]]] = {
@@ -62,7 +62,7 @@ def _print(plan: Plan) -> None:
         "time": (0, lambda row: duration(row.seconds)),
     }
     shown = {name: cell for name, (least, cell) in columns.items() if console.width >= least}
-    title = f"{plan.name}: {plan.runs} runs on {plan.device}"
+    title = f"{plan.name}: {counted(plan.runs, 'run')} on {plan.device}"
     cells = ([cell(row) for cell in shown.values()] for row in plan.rows)
     options.print_table(title, list(shown), cells, right=list(shown)[1:])
     console.print("size: parameters outside embedding and head; FLOPs: per token, forward; state: bytes of a sequence")

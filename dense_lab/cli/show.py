@@ -17,39 +17,42 @@ if TYPE_CHECKING:
 @click.command("show")
 @options.study_argument
 @options.overrides
+@options.device
+@options.runs
 @options.as_json
-def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def command(study: Path, overrides: tuple[str, ...], device: str, runs: Path, as_json: bool) -> None:
     """What STUDY.yaml means: its open values, and the size of the architectures they give. Trains nothing.
 
-    Every option of every choice occurs in one of the architectures sized, on the meta device.
+    Every option of every choice occurs in one of the architectures sized, on the meta device. The time is that of
+    `dense-lab plan`.
     """
-    from dense_lab import planning
     from dense_lab.cli.live import duration
+    from dense_lab.planning import plan
     from dense_lab.search import data
-    from dense_lab.speeds import Speeds, corpus
-    from dense_lab.training.device import choose_place
-    from dense_lab.units import human
+    from dense_lab.speeds import corpus
+    from dense_lab.units import counted, human
 
     loaded = options.load_study(study, overrides)
     data.prepare(loaded, corpus)
-    rows = planning.rows_of(loaded, Speeds(choose_place("cpu", "auto"), {}), planning.runs_of(loaded))
-    tokens, seconds = planning.costs(loaded, rows)
+    found = plan(loaded, runs / loaded.name, device)
     if as_json:
         space = [parameter.describe() for parameter in loaded.space]
         told = {"name": loaded.name, "digest": loaded.digest(), "space": space, "points": loaded.size()}
-        options.print_json({**told, "architectures": [_described(row) for row in rows], "estimated_seconds": seconds})
+        options.print_json(
+            {**told, "architectures": [_described(row) for row in found.rows], "estimated_seconds": found.seconds}
+        )
         return
     _print_space(loaded)
     columns = ("architecture", "parameters", "without embedding", "FLOPs/token", "state bytes")
     cells = (
-        (row.name, *map(human, (row.total, row.non_embedding, row.flops_per_token, row.state_bytes))) for row in rows
+        (row.name, *map(human, (row.total, row.non_embedding, row.flops_per_token, row.state_bytes)))
+        for row in found.rows
     )
     title = "Arms" if loaded.ablation else "Architectures that between them meet every option"
     options.print_table(title, columns, cells, right=columns[1:])
-    runs = planning.number_of_runs(loaded, rows)
     options.console().print(
-        f"{runs} runs, {human(tokens)} tokens in all: roughly {duration(seconds)} on this machine's processor, one "
-        f"after the other; `dense-lab plan` says more"
+        f"{counted(found.runs, 'run')}, {human(found.tokens)} tokens in all: roughly {duration(found.seconds)} on "
+        f"{found.device}, one after the other; `dense-lab plan` says more"
     )
 
 
@@ -66,16 +69,21 @@ def _described(row: Row) -> dict[str, Any]:
 
 
 def _print_space(study: Study) -> None:
+    from dense_lab.units import counted
+
     if study.ablation:
         spec = study.ablation.spec
-        options.console().print(f"{study.name}: {len(study.arms())} arms, {len(spec.seeds)} seeds")
+        options.console().print(
+            f"{study.name}: {counted(len(study.arms()), 'arm')}, {counted(len(spec.seeds), 'seed')}"
+        )
         return
     if not study.space:
         options.console().print(f"{study.name}: a single run")
         return
-    size = f"{study.size()} points" if study.size() else "continuous"
+    number = study.size()
+    size = counted(number, "point") if number else "continuous"
     options.print_table(
-        f"{study.name}: {size}, {study.search.trials} trials by {study.search.sampler}",
+        f"{study.name}: {size}, {counted(study.search.trials, 'trial')} by {study.search.sampler}",
         ("open value", "options"),
         ((parameter.path, _options(parameter)) for parameter in study.space),
     )
