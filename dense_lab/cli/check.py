@@ -46,8 +46,10 @@ def command(study: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 def _what(study: Study) -> str:
     """How much there is of it."""
-    if study.ablation:
-        return f"{len(study.arms())} arms, {study.size()} cells"
+    from dense_lab.units import counted
+
     size = study.size()
-    points = "1 run" if not study.space else f"{size} points" if size else "a continuous space"
-    return f"{len(study.space)} open values, {points}"
+    if study.ablation:
+        return f"{counted(len(study.arms()), 'arm')}, {counted(size or 0, 'cell')}"
+    points = "1 run" if not study.space else counted(size, "point") if size else "a continuous space"
+    return f"{counted(len(study.space), 'open value')}, {points}"

@@ -88,10 +88,11 @@ def command(
 
 def _run(go: Callable[..., Outcome], study: Study, folder: Path, workers: int, as_json: bool) -> None:
     from dense_lab.cli.live import Display
+    from dense_lab.units import counted
 
     console = options.console()
     if not as_json:
-        console.print(f"{study.name}: {_what(study)}, {workers} workers, into {folder}")
+        console.print(f"{study.name}: {_what(study)}, {counted(workers, 'worker')}, into {folder}")
     with Display(console, study.search.objective[0].metric) as display:
         outcome = go(on_progress=None if as_json else display.update)
     _tell(outcome, folder, as_json)
@@ -100,10 +101,12 @@ def _run(go: Callable[..., Outcome], study: Study, folder: Path, workers: int, a
 
 
 def _what(study: Study) -> str:
+    from dense_lab.units import counted
+
     if study.ablation is None:
-        return f"{len(study.space)} open values"
+        return counted(len(study.space), "open value")
     tuned = ", each tuned first" if study.ablation.tune else ""
-    return f"{len(study.arms())} arms x {len(study.ablation.spec.seeds)} seeds{tuned}"
+    return f"{counted(len(study.arms()), 'arm')} x {counted(len(study.ablation.spec.seeds), 'seed')}{tuned}"
 
 
 def _tell(outcome: Outcome, folder: Path, as_json: bool) -> None:

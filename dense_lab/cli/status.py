@@ -118,3 +118,5 @@ def print_leaderboard(results: StudyResults, top: int) -> None:
     ]
     if rows:
         options.print_table("", columns, rows, right=columns[:-1])
+    if (number := len(results.ranked())) > len(rows):
+        options.console().print(f"the best {len(rows)} of {number} complete trials")

@@ -26,6 +26,7 @@ from dense_lab.search.project import Projector
 from dense_lab.search.supervise import Supervisor
 from dense_lab.search.worker import Job, Train
 from dense_lab.tracking.place import NONE, default_uri, pending
+from dense_lab.units import counted
 
 if TYPE_CHECKING:
     from dense_lab.space import Study
@@ -216,7 +217,8 @@ class _Search:
 
     def _outcome(self, before: int, missing: str) -> Outcome:
         trained = book.finished(self.ledger.trials()) - before
-        stopped = self.supervisor.stopping
+        # A stop that came when all was trained changed nothing; more cells may follow as long as arms are looked at.
+        stopped = self.supervisor.stopping and (before + trained < self.plan.total or self.looks is not None)
         exhausted = not stopped and isinstance(self.plan, Plan) and before + trained < self.plan.total
         if exhausted:
             manifest.update(self.folder, trials=before + trained)
@@ -227,14 +229,14 @@ class _Search:
         return Outcome(results, trained, stopped, message, missing)
 
     def _message(self, before: int, trained: int, *, stopped: bool, exhausted: bool) -> str:
-        done = before + trained
+        done, trials = before + trained, counted(before + trained, "trial")
         if stopped:
             return f"stopped after {done} of {self.plan.total} trials; the same command goes on"
         if exhausted:
-            return f"complete: {done} trials, fewer than {self.plan.total}, since the space holds no other points"
+            return f"complete: {trials}, fewer than {self.plan.total}, since the space holds no other points"
         if not trained:
-            return f"complete already: {done} trials; nothing was trained"
-        return f"complete: {done} trials"
+            return f"complete already: {trials}; nothing was trained"
+        return f"complete: {trials}"
 
 
 @contextmanager
