@@ -31,14 +31,15 @@ class Certificate:
         return {"fair": self.fair, "clauses": [clause._asdict() for clause in self.clauses]}
 
     def line(self) -> str:
-        """FAIR and how like the arms were, or NOT FAIR and the clauses that fail."""
+        """FAIR and how like the arms were, or NOT FAIR and the clauses that fail; how like in FLOPs in any case."""
         if self.fair:
             measured = [clause.detail for clause in self.clauses if clause.measured]
             same = ", ".join(clause.name for clause in self.clauses if not clause.measured)
             return f"FAIR: {'; '.join(measured)}; held for all arms: {same}"
-        return "NOT FAIR: " + "; ".join(
-            f"{clause.name}: {clause.detail}" for clause in self.clauses if not clause.passed
-        )
+        wrong = [f"{clause.name}: {clause.detail}" for clause in self.clauses if not clause.passed]
+        # Whatever else is wrong: what the arms cost is what a reader of unlike numbers asks first.
+        cost = [f"held: {clause.detail}" for clause in self.clauses if clause.passed and clause.name == "FLOPs"]
+        return "NOT FAIR: " + "; ".join(wrong + cost)
 
 
 def certificate(results: StudyResults) -> Certificate:

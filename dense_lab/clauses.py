@@ -7,13 +7,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from dense_lab.budget_spec import LOOSE
 from dense_lab.recorded import SIZES, Quantity, Record
 from dense_lab.results import TrialView
 from dense_lab.units import human
 
-LOOSE = 0.25
-"""Largest relative difference of the one of parameters and FLOPs that the budget is not about. Matching one lets the
-other move a little; an arm that costs a quarter more is no longer of the same size, whatever it is called."""
 FEWEST_SEEDS = 3
 TUNED = ("lr", "weight_decay")
 """Keys of `train` in which arms may differ if all were tuned alike."""
@@ -66,7 +64,9 @@ def _size(record: Record, about: Quantity) -> Clause:
     budget = record.budget
     amounts = {arm: _amount(cell, about, budget.counted) for arm, cell in record.one.items()}
     own = amounts.get(record.ablation.baseline)
-    limit, wanted = (budget.tolerance, budget.amount or own) if budget.about == about else (LOOSE, own)
+    limit, wanted = budget.flops_tolerance if about == "flops_per_token" else LOOSE, own
+    if budget.about == about:
+        limit, wanted = budget.tolerance, budget.amount or own
     missing = [arm for arm, amount in amounts.items() if amount is None]
     if missing or not wanted:
         return Clause(name, False, f"{called} not recorded of {_listed(missing or [record.ablation.baseline])}")
@@ -174,6 +174,8 @@ def code(record: Record) -> list[Clause]:
     """Project, plugins and torch."""
     wrong = _unlike("commit", _tagged(record, "commit")) + _unlike("torch", _tagged(record, "torch"))
     wrong += _one_each("plugin", record, "plugins")
+    digest = record.all[0].tags.get("code", "")
+    wrong += _unlike("code", _tagged(record, "code")) if digest else []
     commit = record.all[0].tags.get("commit", "")
     lookup = NOWHERE if commit.endswith("-dirty") or commit == "unknown" else ""
     return [_clause("code", wrong, f"commit {commit[:12]}{lookup}")]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dense_lab import counting
+from dense_lab.budget_spec import LOOSE
 from dense_lab.errors import InputError, Problem
 from dense_lab.model import ModelSpec
 from dense_lab.speeds import Source, Speeds, corpus, implementations, measured
@@ -207,6 +208,12 @@ def _about_sizes(study: Study, rows: Sequence[Row]) -> Iterable[str]:
             f"sizes differ by {max(sizes) / min(sizes) - 1:.0%} ({human(min(sizes))} to {human(max(sizes))} without "
             f"embedding): a `budget` brings all to one"
         )
+    if study.ablation and (study.budget is None or study.budget.target != "flops_per_token"):
+        limit = study.budget.flops_tolerance if study.budget else LOOSE
+        own = next(row.flops_per_token for row in rows if row.name == study.ablation.baseline)
+        for row in rows:
+            if abs(off := row.flops_per_token / own - 1) > limit:
+                yield f"{row.name}: {off:+.0%} FLOPs per token: the certificate will say NOT FAIR (limit {limit:.0%})"
 
 
 def _spans(model: ModelSpec) -> list[int]:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from dense_lab.ablation.results import Ablation
+from dense_lab.budget_spec import LOOSE
 from dense_lab.results import StudyResults, TrialView
 
 TOLERANCE = 0.05
@@ -29,6 +30,8 @@ class Budget(NamedTuple):
     tolerance: float
     counted: str
     """Which parameters: `non_embedding` or `all`."""
+    flops_tolerance: float = LOOSE
+    """Of FLOPs where something else is matched."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Record:
         for about in SIZES:
             if said.get(f"budget.{about}") is not None:
                 tolerance = float(said.get("budget.tolerance", TOLERANCE))
-                return Budget(
-                    about, float(said[f"budget.{about}"]), tolerance, said.get("budget.count", "non_embedding")
-                )
+                loose = float(said.get("budget.flops_tolerance", LOOSE))
+                amount, count = float(said[f"budget.{about}"]), said.get("budget.count", "non_embedding")
+                return Budget(about, amount, tolerance, count, loose)
         return Budget("params", None, TOLERANCE, "non_embedding")

@@ -107,6 +107,7 @@ def test_blocks_with_feed_forward_layers_of_their_own(tmp_path: Path) -> None:
     ("budget", "message"),
     [
         ("{params: 1M, state_bytes: 64k}", "give exactly one of params, flops_per_token, state_bytes; got params and"),
+        ("{flops_per_token: 1M, flops_tolerance: 1%}", "with flops_per_token, `tolerance` says it"),
         ("{tolerance: 1%}", "give exactly one of params, flops_per_token, state_bytes; got none of them"),
         ("{state_bytes: 64k, solve: [width, ffn]}", "feed-forward layers have no state"),
         ("{flops_per_token: 1M, count: all}", "leave it out with flops_per_token"),

@@ -76,6 +76,7 @@ def test_implementations_are_those_that_would_run(tmp_path: Path) -> None:
         (("arms.dense", "{model.dense.span: 5}"), "dense: span 5 reads no more than span 2 would: there are 3 layers"),
         (("arms.plain", "{model.dense.span: 1}"), "no plain arm"),
         (("train.tokens", "1G"), "passes over it"),
+        (("budget.flops_tolerance", "0.1%"), "FLOPs per token: the certificate will say NOT FAIR (limit 0%)"),
     ],
 )
 def test_warnings(tmp_path: Path, change: tuple[str, str], warning: str) -> None:
