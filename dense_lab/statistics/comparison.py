@@ -182,20 +182,42 @@ def _row(
         comparisons=asked.comparisons,
         correction=asked.correction,
     )
-    return ArmVerdict(
-        arm=arm,
-        seeds=seeds,
-        mean=own_mean(cells),
-        mean_interval=own_interval(cells, asked.alpha),
-        difference=mean,
-        t_interval=t_interval(mean, error, threshold),
-        bca_interval=bca_interval(pairs.differences, asked.level) if error else (mean, mean),
-        effect_size=effect_size(pairs.differences) if math.isfinite(error) else NAN,
-        p=float(test.p),
-        p_adjusted=adjusted,
-        verdict=_verdict(mean, adjusted, seeds, smallest, asked),
-        detectable=smallest,
-    )
+    judged = Judged(float(test.p), adjusted, _verdict(mean, adjusted, seeds, smallest, asked), smallest)
+    return judged.row(arm, cells, pairs.differences, seeds, test, threshold, asked.level, asked.alpha)
+
+
+class Judged(NamedTuple):
+    """What was decided of an arm, in whichever way it was tested: with fixed seeds, or at a look."""
+
+    p: float
+    p_adjusted: float
+    verdict: Verdict
+    detectable: float
+
+    def row(
+        self,
+        arm: str,
+        cells: Mapping[int, float],
+        sample: Floats,
+        seeds: int,
+        test: Tested,
+        threshold: float,
+        level: float,
+        alpha: float,
+    ) -> ArmVerdict:
+        """The arm's row; its t interval reaches `threshold` standard errors, its bootstrap interval covers `level`."""
+        mean, error = float(test.mean), float(test.error)
+        return ArmVerdict(
+            arm=arm,
+            seeds=seeds,
+            mean=own_mean(cells),
+            mean_interval=own_interval(cells, alpha),
+            difference=mean,
+            t_interval=t_interval(mean, error, threshold),
+            bca_interval=bca_interval(sample, level) if error else (mean, mean),
+            effect_size=effect_size(sample) if math.isfinite(error) else NAN,
+            **self._asdict(),
+        )
 
 
 def _verdict(mean: float, adjusted: float, seeds: int, smallest: float, asked: _Asked) -> Verdict:

@@ -24,20 +24,18 @@ from dense_lab.statistics.comparison import (
     ArmVerdict,
     Comparison,
     Direction,
+    Judged,
     Pairs,
     Values,
     Verdict,
     baseline_row,
-    effect_size,
     finite,
     improvement,
-    own_interval,
-    own_mean,
     paired,
     untested_row,
 )
 from dense_lab.statistics.corrections import Correction, holm
-from dense_lab.statistics.paired import Tested, bca_interval, t_interval
+from dense_lab.statistics.paired import Tested, t_interval
 from dense_lab.statistics.power import check_levels, noncentrality
 
 
@@ -168,18 +166,6 @@ class _Look:
         # Of an interval that holds at every look and, by Bonferroni, for every arm.
         level = rule.alpha if rule.correction == "none" else rule.alpha / len(self.pairs)
         threshold = rule.boundaries.threshold(n, level)
-        mean, error = float(test.mean), float(test.error)
-        return ArmVerdict(
-            arm=arm,
-            seeds=n,
-            mean=own_mean(cells),
-            mean_interval=own_interval(cells, rule.alpha),
-            difference=mean,
-            t_interval=t_interval(mean, error, threshold),
-            bca_interval=bca_interval(sample, 1 - level) if error else (mean, mean),
-            effect_size=effect_size(sample) if math.isfinite(error) else math.nan,
-            p=self.p[arm],
-            p_adjusted=self.adjusted[arm],
-            verdict=self.verdicts[arm],
-            detectable=error * noncentrality(threshold, n - 1, rule.power),
-        )
+        smallest = float(test.error) * noncentrality(threshold, n - 1, rule.power)
+        judged = Judged(self.p[arm], self.adjusted[arm], self.verdicts[arm], smallest)
+        return judged.row(arm, cells, sample, n, test, threshold, 1 - level, rule.alpha)
