@@ -1,12 +1,15 @@
 """Compiled loops for the CPU: the decorator and the threads; what a loop computes with is in `_vector`.
 
-Imported on first use only, because importing numba takes longer than most calls. Threads are plain ones started for
-each call instead of numba's own: those need a threading layer that is neither safe to call from two threads nor after a
-fork everywhere, and starting a thread costs some 50 microseconds.
+Imported on first use only, because importing numba takes longer than most calls. Loops run in the OpenMP threads of
+torch: those wait for torch's next operation by spinning for milliseconds, so that any thread beside them shares a core
+with one that does nothing, and gets half of it. Where torch has another kind of threads, plain ones are started for
+each call, which costs some 50 microseconds; numba's own need a threading layer that is not safe to call from two
+threads everywhere.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -51,14 +54,57 @@ def run(loop: Callable[..., None], tasks: int, cost: int, scratch: Tensor, *argu
     threads = max(1, min(torch.get_num_threads(), tasks, tasks * cost // _SHARE))
     cuts = [tasks * i // threads for i in range(threads + 1)]
     own = torch.empty((threads, *scratch.shape), dtype=scratch.dtype).numpy()
+    shares = iter(range(threads))
+
+    def work(*_: Any) -> None:
+        for i in shares:
+            loop(*arrays, own[i], cuts[i], cuts[i + 1])
+
     if threads == 1:
-        loop(*arrays, own[0], 0, tasks)
-        return
-    with ThreadPoolExecutor(threads - 1) as others:
-        shares = [others.submit(loop, *arrays, own[i], cuts[i], cuts[i + 1]) for i in range(1, threads)]
-        loop(*arrays, own[0], cuts[0], cuts[1])
-    for share in shares:
-        share.result()
+        work()
+    else:
+        _everywhere(work, threads)
+
+
+def _everywhere(work: Callable[..., None], threads: int) -> None:
+    """Run `work` in as many threads, or fewer when there are not so many; wait, and raise what one raised."""
+    failed: list[BaseException] = []
+
+    @_CALLBACK
+    def guarded(_: Any) -> None:
+        try:
+            work()
+        except BaseException as error:  # nothing may pass through the C code that calls this; it is raised below
+            failed.append(error)
+
+    if _OPENMP is not None:
+        _OPENMP(guarded, None, threads, 0)
+    else:
+        with ThreadPoolExecutor(threads - 1) as others:
+            for _ in range(threads - 1):
+                others.submit(guarded, None)
+            guarded(None)
+    if failed:
+        raise failed[0]
+
+
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _openmp() -> Any:
+    """GOMP_parallel(function, data, threads, flags) of the OpenMP library that torch has loaded, or None.
+
+    It is what compilers emit for `#pragma omp parallel`, part of the interface of GNU's library and of LLVM's.
+    """
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # other systems, other libraries
+        return None
+    parallel.argtypes, parallel.restype = (_CALLBACK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return parallel
+
+
+_OPENMP = _openmp()
 
 
 def _array(argument: Any) -> Any:

@@ -6,13 +6,14 @@ Letters: W width, m sources, N rows (all leading dimensions together), R width o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
+from torch.nn.functional import pad, silu
 
 from dense_lab_kernels._checks import compute_dtype
 from dense_lab_kernels._numba import run
@@ -40,109 +41,104 @@ def dense_fuse(
     activate = ACTIVATIONS[stream_activation]
     if isinstance(gate, Bottleneck) and gate.hidden.shape[-1] > _NARROW:
         gate = gate.factors()
+    hidden = second = None
+    if isinstance(gate, Bottleneck):
+        (hidden, second), gate = gate, None
+    gates = () if gate is None else gate if isinstance(gate, tuple) else (gate,)
     # A norm sees no scale but in its eps.
-    given = (activate(own), tuple(map(activate, sources)), gate, weight)
-    fused, again = _fuse(*given, activation, eps / scale**2)
+    options = _Options(activation == "silu", activation == "sigmoid", eps / scale**2, len(sources))
+    fused, again = _Fuse.apply(options, weight, hidden, second, *map(activate, (own, *sources)), *gates)
     fused = fused * scale if weight is None and scale != 1 else fused
     if returning == "fused":
         return fused
     return fused, again if stream_activation == "none" else own
 
 
-def _fuse(
-    own: Tensor,
-    sources: tuple[Tensor, ...],
-    gate: Tensor | tuple[Tensor, ...] | Bottleneck | None,
-    weight: Tensor | None,
-    activation: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """The fused stream and own, both like own."""
-    width = own.shape[-1]
-    dtype = compute_dtype(own)
-
-    def rows(x: Tensor) -> Tensor:
-        """[N, W'] in the dtype computed in, with zeros up to whole vectors."""
-        x = x.to(dtype).reshape(-1, width)
-        return (pad(x, (0, -width % WIDTH)) if width % WIDTH else x).contiguous()
-
-    hidden = table = own.new_zeros(0, 0, dtype=dtype)
-    if isinstance(gate, Bottleneck):
-        fours = (0, -gate.hidden.shape[-1] % 4)
-        hidden = pad(torch.nn.functional.silu(gate.hidden.to(dtype)), fours).flatten(0, -2).contiguous()
-        table, gate = rows(pad(gate.weight, fours).mT), None
-    gates = () if gate is None else gate if isinstance(gate, tuple) else (gate,)
-    norm = own.new_zeros(0, dtype=dtype) if weight is None else rows(weight).flatten()
-    options = _Options(activation == "silu", activation == "sigmoid", eps, width, len(sources))
-    found = _Fuse.apply(options, norm, hidden, table, *map(rows, (own, *sources, *gates)))
-    fused, again = (x[:, :width].reshape(own.shape).to(own.dtype) for x in found)
-    return fused, again
-
-
-def _addresses(tensors: tuple[Tensor, ...]) -> np.ndarray:
-    """Where the tensors' numbers are; the caller keeps the tensors alive."""
-    return np.array([x.data_ptr() for x in tensors], dtype=np.int64)
-
-
 class _Options(NamedTuple):
     silu: bool
     sigmoid: bool
     eps: float
-    width: int  # W, the padding left out
     count: int  # m
 
 
 class _Fuse(torch.autograd.Function):
-    """All tensors [N, W'] but the weight [W'], empty for none, and of a narrow gate hidden [N, R] and table [R, W']."""
+    """One function from what is given to what is wanted: each operation that autograd sees is host time, of which a
+    small model's step has little to spare.
+
+    own, sources and gates [..., W]; weight [W], and of a narrow gate hidden [..., R] and second [W, R], or None each.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, options: _Options, weight: Tensor, hidden: Tensor, table: Tensor, own: Tensor, *others: Tensor
+        ctx: Any,
+        options: _Options,
+        weight: Tensor | None,
+        hidden: Tensor | None,
+        second: Tensor | None,
+        own: Tensor,
+        *others: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The fused rows, and own once more; others: m sources, then the gates."""
-        out, scales = torch.empty_like(own), own.new_empty(len(own))
-        sources, gates = others[: options.count], others[options.count :]
-        given = (own, _addresses(sources), _addresses(gates), hidden, table, weight)
-        run(loops.forward, *_work(own, others), own[:0], given, *options[:4], out, scales)
-        ctx.save_for_backward(scales, weight, hidden, table, own, *others)
+        """The fused stream, and own once more; others: m sources, then the gates."""
+        dtype, count = compute_dtype(own), options.count
+        row, *rows = (_vectors(x, dtype) for x in (own, *others))
+        norm = row.new_empty(0) if weight is None else _vectors(weight, dtype).flatten()
+        before = table = row.new_empty(0, 0)
+        if hidden is not None and second is not None:
+            before, table = _vectors(hidden, dtype, 4), _vectors(_vectors(second, dtype, 4).mT, dtype)
+        out, scales = torch.empty_like(row), row.new_empty(len(row))
+        given = (row, _addresses(rows[:count]), _addresses(rows[count:]), silu(before), table, norm)
+        run(loops.forward, *_work(row, rows), row[:0], given, *options[:3], own.shape[-1], out, scales)
+        ctx.save_for_backward(scales, norm, before, given[3], table, row, *rows)
         ctx.set_materialize_grads(False)
-        ctx.options = options
-        return out, own.view_as(own)
+        ctx.options, ctx.shapes = options, [None if x is None else x.shape for x in (own, hidden, second)]
+        return _shaped(out, own.shape).to(own.dtype), own.view_as(own)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_again: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of weight, hidden, table, own, sources and gates. Sources that share a gate share a gradient."""
-        scales, weight, hidden, table, own, *others = ctx.saved_tensors
-        silu, sigmoid, _, width, count = ctx.options
-        sources, gates = others[:count], others[count:]
+        """Gradients, which autograd rounds to the dtypes of what was given. Sources that share a gate share one."""
+        scales, norm, before, hidden, table, own, *others = ctx.saved_tensors
+        silu_, sigmoid, _, count = ctx.options
+        (shape, hidden_shape, second_shape), rank = ctx.shapes, len(table)
         tasks, cost = _work(own, others)
+        gates = others[count:]
         # Without a gate sources have own's gradient, unless that has more in it.
-        reads = own.new_empty(len(gates) or int(hidden.numel() > 0 or d_again is not None), *own.shape)
-        d_table, d_weight = weight.new_empty(tasks, *table.shape), weight.new_zeros(tasks, len(weight))
+        reads = own.new_empty(len(gates) or int(rank > 0 or d_again is not None), *own.shape)
         d = (torch.empty_like(own), reads, own.new_empty(len(gates), *own.shape), torch.empty_like(hidden))
-        given = (own, _addresses(sources), _addresses(gates), hidden, table, weight)
-        d_out = torch.zeros_like(own) if d_out is None else d_out.contiguous()
-        d_again = own[:0] if d_again is None else d_again.contiguous()
-        options, filled = (silu, sigmoid, width), (*d, d_table, d_weight)
-        run(
-            loops.backward,
-            tasks,
-            cost,
-            own.new_empty(2 + loops.ROWS, own.shape[1]),
-            given,
-            *options,
-            scales,
-            d_out,
-            d_again,
-            filled,
-        )
-        d_own, d_reads, d_gates, d_hidden = d
-        d_sources = d_reads.unbind(0) if len(d_reads) else (d_own,)
-        d_sources = d_sources if len(d_sources) == count else d_sources * count
-        return None, d_weight.sum(0), d_hidden, d_table.sum(0), d_own, *d_sources, *d_gates.unbind(0)
+        sums = own.new_empty(tasks, rank + 1, own.shape[1])
+        given = (own, _addresses(others[:count]), _addresses(gates), hidden, table, norm)
+        d_out = torch.zeros_like(own) if d_out is None else _vectors(d_out, own.dtype)
+        d_again = own[:0] if d_again is None else _vectors(d_again, own.dtype)
+        scratch = own.new_empty(2 + loops.ROWS, own.shape[1])
+        run(loops.backward, tasks, cost, scratch, given, silu_, sigmoid, shape[-1], scales, d_out, d_again, (*d, sums))
+        d_own, d_reads, d_gates, d_active = d
+        d_sources = d_reads if len(d_reads) in (1, count) else d_own.unsqueeze(0)
+        streams = [_shaped(x, shape) for x in (d_own, *d_sources.expand(count, -1, -1), *d_gates)]
+        total = sums.sum(0)
+        d_weight = total[rank, : shape[-1]] if len(norm) else None
+        if not rank:
+            return None, d_weight, None, None, *streams
+        d_hidden = _shaped(torch.ops.aten.silu_backward(d_active, before), hidden_shape)
+        return None, d_weight, d_hidden, total[: second_shape[1], : shape[-1]].mT, *streams
 
 
-def _work(own: Tensor, others: Any) -> tuple[int, int]:
+def _vectors(x: Tensor, dtype: torch.dtype, multiple: int = WIDTH) -> Tensor:
+    """[N, W'] of x [..., W], contiguous, in the dtype computed in, with zeros up to a multiple."""
+    x = x.to(dtype).reshape(-1, x.shape[-1])
+    missing = -x.shape[-1] % multiple
+    return (pad(x, (0, missing)) if missing else x).contiguous()
+
+
+def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Rows [N, W'] as [..., W]."""
+    return rows[:, : shape[-1]].reshape(shape)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+    """Where the tensors' numbers are; the caller keeps the tensors alive."""
+    return np.array([x.data_ptr() for x in tensors], dtype=np.int64)
+
+
+def _work(own: Tensor, others: Sequence[Tensor]) -> tuple[int, int]:
     """Tasks, and vector operations in each."""
     return math.ceil(len(own) / loops.ROWS), loops.ROWS * (own.shape[1] // WIDTH) * (2 + len(others))

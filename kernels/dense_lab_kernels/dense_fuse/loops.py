@@ -134,8 +134,8 @@ def _hidden_back(inputs: Any, row: int, from_: int, scratch: Array, d_hidden: Ar
 
 
 @inlined
-def _table_back(inputs: Any, task: int, from_: int, scratch: Array, d_table: Array) -> None:
-    """From the rows of the gate's gradient of a task, from `from_` on in scratch, to the table's part."""
+def _table_back(inputs: Any, task: int, from_: int, scratch: Array, sums: Array) -> None:
+    """From the rows of the gate's gradient of a task, from `from_` on in scratch, to the table's part of the sums."""
     own, hidden = inputs[0], inputs[3]
     (rows, width), rank = own.shape, hidden.shape[1]
     begin = task * ROWS
@@ -149,11 +149,11 @@ def _table_back(inputs: Any, task: int, from_: int, scratch: Array, d_table: Arr
                 second = second + d_gate * pick(hidden, at + 1)
                 third = third + d_gate * pick(hidden, at + 2)
                 fourth = fourth + d_gate * pick(hidden, at + 3)
-            part = (task * rank + i) * width + column
-            store(d_table, part, first)
-            store(d_table, part + width, second)
-            store(d_table, part + 2 * width, third)
-            store(d_table, part + 3 * width, fourth)
+            part = (task * (rank + 1) + i) * width + column
+            store(sums, part, first)
+            store(sums, part + width, second)
+            store(sums, part + 2 * width, third)
+            store(sums, part + 3 * width, fourth)
 
 
 @inlined
@@ -195,16 +195,19 @@ def backward(
     first: int,
     stop: int,
 ) -> None:
-    """Tasks first..stop: fill d = own, reads, gates, hidden, table, weight.
+    """Tasks first..stop: fill d = own, reads, gates, hidden, and the sums [tasks, R + 1, W] over each task's rows: the
+    gradients of the table and of the weight.
 
-    d_again: own's other gradient, or empty. Those of table [tasks, R, W] and weight [tasks, W], zeros at first, are per
-    task. scratch [2 + ROWS, W]: a row of normalised numbers, one of act(gate), and the gate's gradient, of which a
-    bottleneck keeps all rows of the task.
+    d_again: own's other gradient, or empty. scratch [2 + ROWS, W]: a row of normalised numbers, one of act(gate), and
+    the gate's gradient, of which a bottleneck keeps all rows of the task.
     """
     own, _, gates, hidden, _, weight = inputs
-    d_own, d_reads, d_gates, d_hidden, d_table, d_weight = d
-    rows, width = own.shape
+    d_own, d_reads, d_gates, d_hidden, sums = d
+    (rows, width), rank = own.shape, hidden.shape[1]
     for task in range(first, stop):
+        weight_at = (task * (rank + 1) + rank) * width
+        for column in range(0, width, WIDTH):
+            store(sums, weight_at + column, spread(own.dtype.type(0)))
         for row in range(task * ROWS, min((task + 1) * ROWS, rows)):
             gate_at = 2 * width
             if hidden.size:
@@ -218,9 +221,8 @@ def backward(
                 at = row * width + column
                 d_fused = load(d_out, at)
                 if weight.size:
-                    part = task * width + column
-                    normal = load(scratch, column)
-                    store(d_weight, part, load(d_weight, part) + d_fused * normal)
+                    part, normal = weight_at + column, load(scratch, column)
+                    store(sums, part, load(sums, part) + d_fused * normal)
                     d_fused = (d_fused * load(weight, column) - normal * mean) * scale
                 if gates.size > 1:
                     _gates_back(inputs, silu, sigmoid, at, d_fused, d)
@@ -236,4 +238,4 @@ def backward(
             if hidden.size:
                 _hidden_back(inputs, row, gate_at, scratch, d_hidden)
         if hidden.size:
-            _table_back(inputs, task, 2 * width, scratch, d_table)
+            _table_back(inputs, task, 2 * width, scratch, sums)
