@@ -173,9 +173,7 @@ def device(record: Record) -> list[Clause]:
 def code(record: Record) -> list[Clause]:
     """Project, plugins and torch."""
     wrong = _unlike("commit", _tagged(record, "commit")) + _unlike("torch", _tagged(record, "torch"))
-    wrong += _one_each("plugin", record, "plugins")
-    digest = record.all[0].tags.get("code", "")
-    wrong += _unlike("code", _tagged(record, "code")) if digest else []
+    wrong += _one_each("plugin", record, "plugins") + _one_each("source", record, "code")
     commit = record.all[0].tags.get("commit", "")
     lookup = NOWHERE if commit.endswith("-dirty") or commit == "unknown" else ""
     return [_clause("code", wrong, f"commit {commit[:12]}{lookup}")]

@@ -14,8 +14,8 @@ from dense_lab.units import human
 COSTS = ("tokens_per_second", "parameters", "state_bytes", "flops_per_token")
 """Shown beside the objectives."""
 RECORDED = (
-    *("commit", "device", "dtype", "data", "seed", "plugins", "implementations", "kernels.verified"),
-    *("torch", "triton", "python"),
+    *("commit", "dense_lab", "code", "device", "dtype", "data", "seed", "plugins", "implementations"),
+    *("kernels.verified", "torch", "triton", "python"),
 )
 """Tags of a trial that say where its numbers come from."""
 FEWEST = 4
@@ -139,10 +139,11 @@ def provenance(results: StudyResults) -> Table:
         rows += [("search", ", ".join(f"{k} {v}" for k, v in results.search.items() if k != "objective"))]
         rows += [("objective", ", ".join(f"{g.direction} {g.metric}" for g in results.goals))]
     found = {name: sorted({t.tags[name] for t in trials if name in t.tags}, key=_natural) for name in RECORDED}
-    found["dense-lab"] = [str(results.manifest["dense_lab"])] if "dense_lab" in results.manifest else []
+    if not found["dense_lab"] and "dense_lab" in results.manifest:
+        found["dense_lab"] = [str(results.manifest["dense_lab"])]
     dates = [time for t in trials for time in (t.started, t.ended) if time]
     found["date"] = [f"{min(dates):%Y-%m-%d %H:%M} to {max(dates):%Y-%m-%d %H:%M} UTC"] if dates else []
-    rows += [(name, "; ".join(values)) for name, values in found.items() if values]
+    rows += [(name.replace("_", "-"), "; ".join(values)) for name, values in found.items() if values]
     again = [read_json(path) for path in sorted(results.folder.glob("reproduced/*/reproduce.json"))]
     rows += [("trained again", f"{said.get('date', '')}: {said.get('summary', '')}") for said in again]
     return Table("Provenance", ("what", "value"), tuple(rows), name="provenance", left=2)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dense_lab.registry import Registry
     from dense_lab.study import RunSpec
 
-CHECKED = ("commit", "device", "dtype", "torch", "triton", "python", "plugins", "data", "host")
+CHECKED = ("commit", "dense_lab", "code", "device", "dtype", "torch", "triton", "python", "plugins", "data", "host")
 """Tags that are compared; `data` is the one that decides whether numbers can be compared at all."""
 
 
@@ -42,6 +42,7 @@ def differences(recorded: Recorded, device: str, threads: int | None, registry: 
 
 def _now(spec: RunSpec, device: str, threads: int | None, registry: Registry, data: dict[str, str]) -> dict[str, str]:
     from dense_lab.study import plugins_used
+    from dense_lab.training.code import code
     from dense_lab.training.device import choose_place
     from dense_lab.training.provenance import listed, surroundings
 
@@ -51,7 +52,7 @@ def _now(spec: RunSpec, device: str, threads: int | None, registry: Registry, da
     now = surroundings(place)
     if place.device.type == "cpu" and threads:
         now["device"] = re.sub(r"\d+ threads", f"{threads} threads", now["device"])
-    return {**now, "plugins": listed(plugins_used(spec, registry)), "data": data[key]}
+    return {**now, "code": code(spec), "plugins": listed(plugins_used(spec, registry)), "data": data[key]}
 
 
 def threads(trials: Sequence[TrialView]) -> int | None:

@@ -19,7 +19,7 @@ from dense_lab.errors import InputError, MachineError
 from dense_lab.files import last_line
 from dense_lab.model import LanguageModel
 from dense_lab.study import RunSpec, plugins_used
-from dense_lab.training import checkpoint, provenance
+from dense_lab.training import checkpoint, code, provenance
 from dense_lab.training.checkpoint import Progress
 from dense_lab.training.device import (
     Place,
@@ -113,7 +113,8 @@ class Run:
 
     def __init__(self, spec: RunSpec, plugins: dict[str, str], place: Place, recorder: Recorder) -> None:
         self.spec, self.plugins, self.place, self.recorder = spec, plugins, place, recorder
-        provenance.commit()  # Now, and not when it ends: the folder may have changed by then.
+        # Now, and not when it ends: files may have changed by then.
+        provenance.commit(), code.release(), code.code(spec)
         self.corpus = prepared(spec.data)
         self.plan = plan(spec.train, self.corpus.seq_len)
         check_sizes(spec.model)

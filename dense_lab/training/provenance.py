@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import platform
-import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from dense_lab import verification
 from dense_lab.corpus import Batch, Corpus
 from dense_lab.model import LanguageModel
 from dense_lab.study import RunSpec
+from dense_lab.training.code import code, commit_in, release
 from dense_lab.training.device import Place
 
 
@@ -24,17 +23,7 @@ def commit() -> str:
 
     As it was when this process first asked: the code that runs is that of then, whatever is committed meanwhile.
     """
-    return _commit_in(Path.cwd())
-
-
-@functools.cache
-def _commit_in(folder: Path) -> str:
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, cwd=folder)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
+    return commit_in(Path.cwd())
 
 
 def chained(digest: str, batch: Batch) -> str:
@@ -53,6 +42,7 @@ def tags(spec: RunSpec, plugins: dict[str, str], corpus: Corpus, model: Language
         "spec": spec.digest(plugins),
         "data": corpus.fingerprint,
         "plugins": listed(plugins),
+        "code": code(spec),
         **surroundings(place),
         "implementations": ",".join(f"{name}={impl}" for name, impl in sorted(ran.items())),
         "kernels.verified": verification.tag(spec, place, ran),
@@ -73,6 +63,7 @@ def surroundings(place: Place) -> dict[str, str]:
         triton = "none"
     return {
         "commit": commit(),
+        "dense_lab": release(),
         "device": place.describe(),
         "dtype": str(place.dtype).removeprefix("torch."),
         "host": platform.node(),

@@ -20,6 +20,7 @@ TAGS = {
     "commit": "c" * 40,
     "torch": "2.13.0",
     "plugins": "builtin=0.1.0",
+    "code": "dense_lab=01234567,dense_lab_plugins=89abcdef",
     "device": "cpu (1 threads)",
     "dtype": "float32",
     "implementations": "decay_attention=numba,rotate=reference",
@@ -136,6 +137,7 @@ UNFAIR: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "precision": (one("result.json", "tags", "dtype", value="bfloat16"), "device", "precision differs"),
     "device": (one("result.json", "tags", "device", value="NVIDIA H200"), "device", "device differs: cpu (plain"),
     "commit": (one("result.json", "tags", "commit", value="d" * 40), "code", "commit differs"),
+    "source": (one("result.json", "tags", "code", value="dense_lab=00000000"), "code", "source of dense_lab differs"),
     "plugin": (one("result.json", "tags", "plugins", value="builtin=0.2.0"), "code", "plugin of builtin differs"),
     "kernel": (
         one("result.json", "tags", "implementations", value="decay_attention=triton"),

@@ -149,6 +149,15 @@ def test_other_data_is_refused_unless_it_is_allowed(finished):
     assert next(one for one in found if one.what == "data").recorded == fakes.DATA
 
 
+def test_other_code_is_said_and_not_refused(finished):
+    result = finished / "trials" / "0000" / "result.json"
+    said = read_json(result)
+    write_json(result, {**said, "tags": {**said["tags"], "code": "dense_lab=00000000", "dense_lab": "0.0.1"}})
+    found = reproduce(finished, train=fakes.steady, **OPTIONS).environment
+    assert {one.what for one in found} == {"data", "host", "code", "dense_lab"}
+    assert next(one for one in found if one.what == "code").now.startswith("dense_lab=")
+
+
 def test_a_single_run_has_no_spread(tmp_path, here):
     spec = study(tmp_path, ABLATION).cell("plain", 0)
     fakes.steady(spec, tmp_path / "runs" / "alone" / "single")

@@ -1,0 +1,106 @@
+"""What a run records of the code that it called, wherever the study lies."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dense_lab import __version__, registry
+from dense_lab.report.tables import provenance
+from dense_lab.results import StudyResults, read_trial
+from dense_lab.study import RunSpec
+from dense_lab.training import code, train
+
+ODD = Path(__file__).parents[1] / "components" / "odd.py"
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """As in a process of its own."""
+    for remembered in (code.commit_in, code.release, code._digest):
+        remembered.cache_clear()
+
+
+def digests(spec: RunSpec) -> dict[str, str]:
+    return dict(item.split("=") for item in code.code(spec).split(","))
+
+
+def test_a_run_outside_of_a_repository_says_which_code_it_called(
+    small: Callable[..., RunSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = train(small(), tmp_path / "0000", device="cpu", threads=1)
+    assert result.tags["commit"] == "unknown"
+    assert re.fullmatch(rf"{re.escape(__version__)}(, commit [0-9a-f]{{40}}(-dirty)?)?", result.tags["dense_lab"])
+    named = ("dense_lab", "dense_lab_kernels", "dense_lab_plugins")
+    assert re.fullmatch(",".join(f"{name}=[0-9a-f]{{8}}" for name in named), result.tags["code"])
+    trial = read_trial(tmp_path / "0000")
+    assert trial is not None
+    rows = dict(provenance(StudyResults("s", tmp_path, "", (), {}, [trial], 1)).rows)
+    assert rows["code"] == result.tags["code"]
+    assert rows["dense-lab"] == result.tags["dense_lab"]
+
+
+def test_a_changed_file_of_a_stranger_shows_and_nothing_else_does(tmp_path: Path) -> None:
+    def found(text: str) -> dict[str, str]:
+        code._digest.cache_clear()
+        file = tmp_path / "odd.py"
+        file.write_text(text)
+        loaded = registry.load((file,), (registry.BUILTIN,))
+        tree = {"model": {"core": {"kind": "odd"}}}
+        return digests(RunSpec.model_validate(tree, context={"registry": loaded}))
+
+    text = ODD.read_text()
+    before, again, after = found(text), found(text), found(text + "# more\n")
+    assert before == again
+    assert {name for name in after if after[name] != before[name]} == {"dense_lab_loose_odd"}
+    assert "dense_lab_loose_odd" not in digests(RunSpec())
+
+
+def test_the_digest_does_not_depend_on_the_place_and_is_soon_there(tmp_path: Path) -> None:
+    digests(RunSpec())
+    times, found = [], []
+    for _ in range(5):
+        code._digest.cache_clear()
+        start = time.perf_counter()
+        found.append(digests(RunSpec())["dense_lab"])
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.05
+    copy = tmp_path / "elsewhere" / "dense_lab"
+    shutil.copytree(Path(code.__file__).parents[1], copy, ignore=shutil.ignore_patterns("__pycache__"))
+    said = "import dense_lab.training.code as code; print(code._digest('dense_lab'))"
+    done = subprocess.run(
+        [sys.executable, "-c", said],
+        cwd=copy.parent,
+        env={"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert {done.stdout.strip()} == set(found)
+
+
+def test_the_commit_is_that_of_a_checkout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "project" / "env" / "dense_lab"
+    (package / "training").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.setattr(code, "__file__", str(package / "training" / "code.py"))
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path / "project")]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    assert code.release() == __version__  # It lies in somebody's project and is no part of it.
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "second"], check=True)
+    code.release.cache_clear()
+    assert re.fullmatch(rf"{re.escape(__version__)}, commit [0-9a-f]{{40}}", code.release())
+    (package / "__init__.py").write_text("changed = 1\n")
+    code.commit_in.cache_clear()
+    code.release.cache_clear()
+    assert code.release().endswith("-dirty")
