@@ -11,18 +11,20 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from dense_lab import registry as registries
-from dense_lab.errors import DenseLabError
+from dense_lab.counting import check_sizes
+from dense_lab.errors import DenseLabError, InputError
 from dense_lab.training.device import Place, choose_place, out_of_memory
 from dense_lab.verdicts import Finding, digest, kernels, libraries, machine, read, sources, tag_of, write
 
 if TYPE_CHECKING:
+    from dense_lab.model import ModelSpec
     from dense_lab.study import RunSpec
 
 SWITCH = "DENSE_LAB_VERIFY"
@@ -35,6 +37,13 @@ Use = Literal["training", "training and decoding"]
 _TOKENS = 512
 """Longest sequence judged: many chunks of every kernel, all of most studies', and about a second for a reference that
 walks. Where both do not fit, rows are left out rather than tokens: rows are alike to a kernel, later tokens are not."""
+_LONG = 2048
+"""Of longer sequences, so many tokens are judged as well, in one row: kernels cut long sequences in pieces where there
+are few rows (the scan's gradients take several tiles in a row from 1024 tokens on), which 512 tokens do not show. A
+reference that walks takes seconds for them, one that compares all pairs of tokens 34 MB for each head."""
+_WIDTHS = (256, 128, 64)
+"""Tried in turn for a long row that does not fit at the model's own width, which on a GPU is beyond 2048: channels are
+alike to a kernel, though with smaller heads a CPU may walk where it multiplies matrices at the own width."""
 _NUMBERS = {"cuda": 2**22, "cpu": 2**14}
 """Most numbers of a [B, T, width] tensor judged; the reference's gradient keeps hundreds of such."""
 
@@ -65,6 +74,20 @@ class Case:
         judged = (min(batch, fitting), tokens) if size == "reduced" else (batch, length)
         return cls(spec, place, use, (batch, length), judged)
 
+    def longer(self) -> Case | None:
+        """The case of one long row, narrower than the model if it must; None where no sequence is long."""
+        length = self.trained[1]
+        if length <= _TOKENS:
+            return None
+        tokens = min(length, _LONG)
+        model = self.spec.model
+        widths = [model.width, *(width for width in _WIDTHS if width < model.width)]
+        built = [width for width in widths if _builds(model.model_copy(update={"width": width}))]
+        fitting = [width for width in built if tokens * width <= _NUMBERS[self.place.device.type]]
+        width = next(iter(fitting or built[-1:]), model.width)
+        spec = self.spec.model_copy(update={"model": model.model_copy(update={"width": width})})
+        return replace(self, spec=spec, judged=(1, tokens))
+
     @property
     def size(self) -> str:
         """For people."""
@@ -76,6 +99,20 @@ class Case:
         spec = self.spec
         said = [spec.model.model_dump(mode="json"), spec.kernels, spec.data.model_dump(mode="json"), self.judged]
         return digest(machine(self.place), sources(), kernels(), str(self.place.dtype), self.use, said)
+
+
+def _builds(model: ModelSpec) -> bool:
+    try:
+        check_sizes(model)
+    except InputError:
+        return False
+    return True
+
+
+def cases(spec: RunSpec, device: str, use: Use) -> list[Case]:
+    """All that is judged for a run: its batch, and one long row if its sequences are long; raises MachineError."""
+    first = Case.of(spec, device, use)
+    return [case for case in (first, first.longer()) if case is not None]
 
 
 def ensure(
@@ -99,7 +136,7 @@ def ensure(
 def examine(specs: Iterable[RunSpec], device: str = "auto", use: Use = "training") -> list[Finding]:
     """A finding for every set of shapes of every operation that the runs call, those of earlier times included."""
     memory, findings = read(), dict[str, Finding]()
-    for case in {case.key(): case for case in (Case.of(spec, device, use) for spec in specs)}.values():
+    for case in {case.key(): case for spec in specs for case in cases(spec, device, use)}.values():
         key = case.key()
         names = memory["cases"].get(key)
         if names is None or not all(name in memory["verdicts"] for name in names):
@@ -118,9 +155,10 @@ def tag(spec: RunSpec, place: Place, ran: Mapping[str, str]) -> str:
     if os.environ.get(SWITCH) == "off":
         return NOT_CHECKED
     memory = read()
-    names = memory["cases"].get(Case.of(spec, str(place.device), "training").key())
+    found = [memory["cases"].get(case.key()) for case in cases(spec, str(place.device), "training")]
     here, source = machine(place), kernels()
-    if names is not None:
+    if all(names is not None for names in found):
+        names = [name for some in found for name in some]
         known = [memory["verdicts"][name]["finding"] for name in names if name in memory["verdicts"]]
     else:  # A point of the space that lies between those judged: by the implementations.
         entries = memory["verdicts"].values()

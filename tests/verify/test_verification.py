@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from dense_lab.cli import main
 from dense_lab.space import Study
 from dense_lab.study import RunSpec
 from dense_lab.training.device import choose_place
-from dense_lab.verification import KernelError, ensure, examine, tag
+from dense_lab.verification import KernelError, cases, ensure, examine, tag
 from dense_lab_kernels import causal_conv1d, watching
 from dense_lab_kernels.selective_scan import cpu
 
@@ -136,6 +137,59 @@ def test_what_is_wrong_beyond_some_token_is_caught(study: Path, monkeypatch: pyt
     study.write_text(STUDY.replace("seq_len: 32", "seq_len: 512").replace("vocab: 64", "vocab: 1024"))
     with pytest.raises(KernelError, match="selective_scan/numba is wrong on this machine"):
         ensure(specs(study)[:1], "cpu")
+
+
+@pytest.mark.parametrize(
+    ("length", "judged"), [(512, [(1, 512)]), (600, [(1, 512), (1, 600)]), (8192, [(1, 512), (1, 2048)])]
+)
+def test_long_sequences_are_judged_in_a_long_row_as_well(
+    study: Path, length: int, judged: list[tuple[int, int]]
+) -> None:
+    text = STUDY.replace("kind: mqar, seq_len: 32, pairs: 4, vocab: 64", f"kind: python_source, seq_len: {length}")
+    study.write_text(text.replace("width: 16", "width: 512"))
+    for spec in specs(study):
+        found = cases(spec, "cpu", "training")
+        assert [case.judged for case in found] == judged
+        assert [case.spec.model.width for case in found] == [512, 64][: len(judged)]
+        assert len({case.key() for case in found}) == len(judged)
+
+
+def test_what_is_wrong_in_long_sequences_only_is_caught(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of 512 tokens and fewer shows it."""
+    right = cpu.selective_scan
+
+    def wrong(u, *rest, **options):
+        output, *states = right(u, *rest, **options)
+        return output * (1 + 0.01 * (torch.arange(u.shape[1]) >= 1024)[:, None]), *states
+
+    monkeypatch.setattr(cpu, "selective_scan", wrong)
+    text = STUDY.replace(
+        "kind: mqar, seq_len: 32, pairs: 4, vocab: 64", "kind: python_source, tokenizer: byte, seq_len: {}"
+    )
+    study.write_text(text.replace("{}", "512"))
+    assert ensure(specs(study)[:1], "cpu") == "all"
+    study.write_text(text.replace("{}", "1100"))
+    with pytest.raises(KernelError, match="selective_scan/numba is wrong on this machine"):
+        ensure(specs(study)[:1], "cpu")
+    assert ensure(specs(study)[:1], "cpu", "unverified") == "unverified: selective_scan/numba"
+    assert (
+        tag(specs(study)[0], choose_place("cpu", "fp32"), {"selective_scan": "numba"})
+        == "unverified: selective_scan/numba"
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("core", ["mamba", "retnet", "gau_retnet"])
+def test_a_long_row_is_right_and_takes_seconds_on_a_gpu(core: str) -> None:
+    said = {"model.core": core, "model.width": "512", "model.depth": "3", "model.dense": "{span: 2}"}
+    spec = Study.load(None, [*said.items(), ("data", "{kind: python_source, seq_len: 8192}")]).point({})
+    long = cases(spec, "cuda", "training")[-1]
+    assert (long.judged, long.spec.model.width) == ((1, 2048), 512)
+    verification._judged(long, {})  # compiles
+    begin = time.perf_counter()
+    found, _ = verification._judged(long, {})
+    assert all(finding.ok for finding in found.values()), found
+    assert time.perf_counter() - begin < 10
 
 
 def test_another_implementation_may_be_chosen(study: Path, planted: None) -> None:
