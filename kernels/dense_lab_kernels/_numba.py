@@ -74,7 +74,7 @@ def _everywhere(work: Callable[..., None], threads: int) -> None:
     def guarded(_: Any) -> None:
         try:
             work()
-        except BaseException as error:  # nothing may pass through the C code that calls this; it is raised below
+        except BaseException as error:  # noqa: BLE001 - none may pass through C code; it is raised below
             failed.append(error)
 
     if _OPENMP is not None:
