@@ -12,6 +12,10 @@ from dense_lab.units import human
 
 HIGHLIGHTED = 5
 """Curves drawn in full colour."""
+IMPORTANCE = (
+    "Share of the objective's variance that each parameter explains by itself (fANOVA). One that only some trials have "
+    "is judged among those alone, which are numbered beside it: its share is not to be compared with the others'."
+)
 
 
 def pictures(results: StudyResults) -> list[Picture]:
@@ -28,7 +32,7 @@ def pictures(results: StudyResults) -> list[Picture]:
             _scatter(results, "state_bytes", "state, bytes"),
         ),
         "parameters": (f"{metric} against the number of parameters.", _scatter(results, "parameters", "parameters")),
-        "importance": ("Share of the objective's variance explained by each parameter (fANOVA).", _importance(results)),
+        "importance": (IMPORTANCE, _importance(results)),
         "effects": (f"{metric} by option of each choice; a dot is a trial, the bar the median.", _effects(results)),
     }
     if len(results.goals) > 1:
@@ -113,11 +117,16 @@ def _importance(results: StudyResults) -> Picture | None:
     shares = importance(results)
     if not shares:
         return None
+    number = len(results.ranked())
 
     def paint(figure: Any) -> None:
         axes = figure.add_subplot()
-        names = list(reversed(shares))
-        axes.barh(names, [shares[name] for name in names], color=COLOURS[0])
+        rows = [
+            (path if share.trials == number else f"{path} ({share.trials} of {number} trials)", share)
+            for path, share in reversed(shares.items())
+        ]
+        colours = [COLOURS[0] if share.trials == number else COLOURS[5] for _, share in rows]
+        axes.barh([name for name, _ in rows], [share.value for _, share in rows], color=colours)
         axes.set(xlabel="share of variance", xlim=(0, 1))
         axes.grid(visible=False, axis="y")
 

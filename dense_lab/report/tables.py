@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from dense_lab.files import read_json
 from dense_lab.report.table import Table
@@ -76,37 +76,55 @@ def by_option(results: StudyResults) -> dict[str, dict[str, list[TrialView]]]:
     return {path: dict(options) for path, options in sorted(groups.items()) if len(options) > 1}
 
 
-def importance(results: StudyResults) -> dict[str, float]:
-    """Share of the objective's variance that each parameter explains (fANOVA, Hutter et al. 2014); empty if too few.
+class Share(NamedTuple):
+    """Of the objective's variance, what a parameter explains by itself."""
 
-    A parameter that a trial did not have (it belongs to another branch) counts as an option of its own.
+    value: float
+    trials: int
+    """Among these: the trials that have the parameter."""
+
+
+def importance(results: StudyResults) -> dict[str, Share]:
+    """The share of each parameter, largest first (fANOVA, Hutter et al. 2014); those of too few trials are left out.
+
+    A parameter that only some trials have (it belongs to one branch) is judged among those alone: over all trials, its
+    absence would stand for the branch and take the credit for it.
     """
     trials = results.ranked()
-    metric = results.goals[0].metric
-    paths = sorted({path for trial in trials for path in trial.params})
-    varied = [p for p in paths if len({repr(trial.params.get(p)) for trial in trials}) > 1]
-    if len(trials) < FEWEST or not varied or len({t.metrics[metric] for t in trials}) < 2:
+    having: dict[frozenset[int], list[str]] = defaultdict(list)
+    for path in sorted({path for trial in trials for path in trial.params}):
+        having[frozenset(trial.number for trial in trials if path in trial.params)].append(path)
+    found = {}
+    for numbers, paths in having.items():
+        mine = [trial for trial in trials if trial.number in numbers]
+        shares = _shares(mine, results.goals[0].metric) if len(mine) >= FEWEST else {}
+        found.update({path: Share(shares[path], len(mine)) for path in paths if path in shares})
+    return dict(sorted(found.items(), key=lambda item: -item[1].value))
+
+
+def _shares(trials: list[TrialView], metric: str) -> dict[str, float]:
+    """Of the parameters that all of these trials have and that differ among them."""
+    common = sorted(set.intersection(*(set(trial.params) for trial in trials)))
+    varied = [path for path in common if len({repr(trial.params[path]) for trial in trials}) > 1]
+    if not varied or len({t.metrics[metric] for t in trials}) < 2:
         return {}
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = {path: _distribution([trial.params.get(path) for trial in trials]) for path in varied}
+    space = {path: _distribution([trial.params[path] for trial in trials]) for path in varied}
     study = optuna.create_study()
     for trial in trials:
-        params = {path: _present(trial.params.get(path), space[path]) for path in varied}
+        params = {path: _present(trial.params[path], space[path]) for path in varied}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=trial.metrics[metric]))
-    found = optuna.importance.get_param_importances(
-        study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
-    )
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    # Not by `get_param_importances`, which brings the sum to 1: what stands alone would explain everything.
+    return optuna.importance.FanovaImportanceEvaluator(seed=0).evaluate(study)
 
 
 def _distribution(values: list[Any]) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    numbers = [v for v in values if isinstance(v, float)]
-    if numbers and len(numbers) == len(values):
-        return FloatDistribution(min(numbers), max(numbers))
+    if all(isinstance(value, float) for value in values):
+        return FloatDistribution(min(values), max(values))
     return CategoricalDistribution(sorted({str(v) for v in values}))
 
 
