@@ -47,21 +47,8 @@ def test_what_a_run_leaves_behind(small: Small, tmp_path: Path) -> None:
         *("parameters", "embedding_parameters", "flops_per_token", "state_bytes"),
     }
     assert set(result.tags) == {
-        *(
-            "seed",
-            "spec",
-            "data",
-            "batches",
-            "commit",
-            "dense_lab",
-            "code",
-            "plugins",
-            "device",
-            "dtype",
-            "implementations",
-            "step",
-        ),
-        *("host", "pid", "torch", "triton", "python", "kernels.verified"),
+        *("seed", "spec", "data", "batches", "commit", "plugins", "device", "dtype", "implementations", "step"),
+        *("host", "pid", "torch", "triton", "python", "kernels.verified", "dense_lab", "code"),
     }
     assert result.tags["implementations"].startswith("decay_attention=")
     assert result.tags["device"] == "cpu (1 threads)"
