@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dense_lab import registry
+from dense_lab import block, counting, registry
 from dense_lab.counting import PARTS, count, parameters_by_part
 from dense_lab.model import ModelSpec
 from tests.budget.architectures import cases
@@ -85,3 +85,20 @@ def test_counting_imports_no_compiler() -> None:
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("pattern", "kinds"), [("recent", 4), ("first", 4), ("dilated", 4), ("all", 12)])
+def test_layers_that_read_alike_are_connected_once(pattern: str, kinds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 layers at span 3 read of none to three earlier ones, or, with `all`, of none to eleven."""
+    connected = []
+
+    def connect(blocks: Any, index: int, *rest: Any) -> None:
+        connected.append(index)
+        block.connect(blocks, index, *rest)
+
+    monkeypatch.setattr(counting, "connect", connect)
+    monkeypatch.setattr(counting, "_modules", {})
+    model = ModelSpec.model_validate({"width": 32, "depth": 12, "dense": {"span": 3, "pattern": pattern}})
+    found = parameters_by_part(model, VOCABULARY)["dense"]
+    assert len(connected) == kinds
+    assert found == sum(p.numel() for layer in model.build(VOCABULARY).blocks for p in layer.dense.parameters())

@@ -188,7 +188,7 @@ def test_a_narrow_terminal_gets_fewer_columns(tmp_path: Path, monkeypatch: pytes
 
 
 def test_two_hundred_arms_take_seconds(tmp_path: Path) -> None:
-    """About 3 s of processor time on a quiet machine, reading included; 25 leave room for slow and busy ones."""
+    """About 2.5 s of processor time on a quiet machine, reading included; 25 leave room for slow and busy ones."""
     file = tmp_path / "many.yaml"
     file.write_text(arms(200))
     start = time.process_time()
