@@ -47,7 +47,7 @@ class Fit(NamedTuple):
 
 def solve(spec: RunSpec, budget: BudgetSpec) -> RunSpec:
     """`spec` with the widths that meet `budget`; raises InputError naming the nearest sizes when none do."""
-    fit = _solved(spec.model.model_dump_json(), budget, _vocabulary(spec, budget))
+    fit = _solved(_Model(spec.model), budget, _vocabulary(spec, budget))
     return spec.model_copy(update={"model": _sized(spec.model, fit.width, fit.hidden)})
 
 
@@ -71,9 +71,22 @@ def _size(model: ModelSpec, budget: BudgetSpec, vocabulary: int) -> float:
     return sum(parts.values()) - outside
 
 
+class _Model:
+    """A model as a key: specs may hold what cannot be hashed."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec, self._text = spec, spec.model_dump_json()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Model) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
 @functools.lru_cache(maxsize=4096)
-def _solved(model_json: str, budget: BudgetSpec, vocabulary: int) -> Fit:
-    model = ModelSpec.model_validate_json(model_json)
+def _solved(asked: _Model, budget: BudgetSpec, vocabulary: int) -> Fit:
+    model = asked.spec
 
     @functools.cache
     def size(width: int, hidden: int | None) -> float | None:
@@ -100,7 +113,7 @@ def _guess(model: ModelSpec, budget: BudgetSpec, vocabulary: int) -> int:
     if plain == model:
         return _GUESS
     try:
-        return _solved(plain.model_dump_json(), budget, vocabulary).width
+        return _solved(_Model(plain), budget, vocabulary).width
     except InputError:
         return _GUESS
 

@@ -151,7 +151,10 @@ class Study:
         """
         origins: Origins = {}
         closed = trees.close(self.root, suggest, origins)
-        run = self._validated(closed, origins).run()
+        return self.solved(self._validated(closed, origins).run())
+
+    def solved(self, run: RunSpec) -> RunSpec:
+        """`run`, a point of this study, with the budget solved; raises InputError when no width fits."""
         if self.budget is None:
             return run
         from dense_lab import budget

@@ -55,7 +55,7 @@ class Arm:
     def run(self) -> RunSpec:
         """The arm's run at the study's own seed, with the budget solved; raises InputError when nothing fits."""
         try:
-            return self.study.point(self.point)
+            return self.study.solved(self.spec.run())
         except InputError as error:
             raise InputError(replace(p, message=f"arm {self.name!r}: {p.message}") for p in error.problems) from None
 
