@@ -108,6 +108,8 @@ class StudyResults:
     manifest: dict[str, Any] = field(default_factory=dict)
     ablation: Ablation | None = None
     """The arms that it compares, if it compares some."""
+    kind: Literal["study", "run"] = "study"
+    """A run belongs to no study, and is the one trial."""
 
     def having(self, *states: State) -> list[TrialView]:
         """The trials in one of `states`."""
@@ -195,14 +197,14 @@ def _local_trials(folder: Path, finished: dict[int, TrialView]) -> Iterable[Tria
 
 
 def read_trial(folder: Path) -> TrialView | None:
-    """The trial in `folder`; None when nothing was written there yet."""
+    """The trial in `folder`, or the single run, whose number is 0; None when nothing was written there yet."""
     said, result = read_json(folder / TRIAL_FILE), read_json(folder / "result.json")
-    if not said and not result:
+    if not said and not result and not (folder / "spec.json").exists():
         return None
     state, reason = _state(said, result)
     metrics = result.get("metrics") or last_line(folder / "metrics.jsonl")
     return TrialView(
-        number=int(folder.name),
+        number=int(folder.name) if folder.name.isdigit() else 0,
         state=state,
         params=said.get("params", {}),
         values=said.get("values", {}),

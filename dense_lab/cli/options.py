@@ -16,6 +16,7 @@ from dense_lab.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dense_lab.results import StudyResults
     from dense_lab.space import Study
     from dense_lab.study import RunSpec
 
@@ -73,15 +74,33 @@ def study_folder(study: Path, runs: Path) -> Path:
     """The folder of a study given by name, by its YAML file, or by its folder; raises InputError when there is none."""
     if study.is_dir() and (study / "manifest.json").exists():
         return study
-    name = study.stem if study.suffix in {".yaml", ".yml"} else study.name
-    if study.suffix in {".yaml", ".yml"} and study.exists():
-        name = load_study(study, ()).name
+    name = _name(study)
     folder = runs / name
     if not (folder / "manifest.json").exists():
         known = sorted(p.parent.name for p in runs.glob("*/manifest.json"))
         listed = f" Studies there: {', '.join(known)}" if known else ""
         raise InputError(f"no study {name!r} in {runs}: `dense-lab search` starts one.{listed}")
     return folder
+
+
+def _name(study: Path) -> str:
+    if study.suffix not in {".yaml", ".yml"}:
+        return study.name
+    return load_study(study, ()).name if study.exists() else study.stem
+
+
+def study_or_run(study: Path, runs: Path) -> StudyResults:
+    """A study, or a single run, given by name, by its YAML file, or by its folder; raises InputError."""
+    from dense_lab.results import read_study
+    from dense_lab.runs import SINGLE, is_run, read_run
+
+    below = runs / _name(study)
+    for folder in (study, study / SINGLE, below, below / SINGLE):
+        if (folder / "manifest.json").exists():
+            return read_study(folder)
+        if is_run(folder):
+            return read_run(folder)
+    return read_study(study_folder(study, runs))
 
 
 def console() -> Console:

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 def command(studies: tuple[Path, ...], runs: Path, out: Path | None, top: int, as_json: bool) -> None:
     """Verdicts, tables and plots of STUDY (a name, a folder or its YAML file), as HTML, Markdown, LaTeX and CSV.
 
-    Several studies make one report, each with a section of its own. The LaTeX compiles as it is (`pdflatex
-    report.tex`); each table also stands in a file of its own for a paper, and needs booktabs and graphicx.
+    Of a single run: its curve, what was measured, its settings, and where the numbers come from. Several studies make
+    one report, each with a section of its own. The LaTeX compiles as it is (`pdflatex report.tex`); each table also
+    stands in a file of its own for a paper, and needs booktabs and graphicx.
     """
     from dense_lab.cli.status import print_leaderboard
     from dense_lab.report import write_report
-    from dense_lab.results import read_study
 
-    found = [read_study(options.study_folder(study, runs)) for study in studies]
+    found = [options.study_or_run(study, runs) for study in studies]
     files = write_report(found, out or (runs / "report" if len(found) > 1 else None))
     if as_json:
         options.print_json(
@@ -48,7 +48,7 @@ def command(studies: tuple[Path, ...], runs: Path, out: Path | None, top: int, a
     for one in files.sections:
         for line in one.lead:
             options.console().print(line, markup=False)
-        if one.ablated is None:
+        if one.ablated is None and one.results.kind == "study":
             print_leaderboard(one.results, top)
         else:
             _print(one.head[0])

@@ -19,31 +19,32 @@ if TYPE_CHECKING:
 @click.option("--top", default=10, show_default=True, help="How many trials of the leaderboard to print.")
 @options.as_json
 def command(study: Path | None, runs: Path, top: int, as_json: bool) -> None:
-    """How STUDY (a name, a folder or its YAML file) is going; without one, all studies below --runs."""
-    from dense_lab.results import read_study
-
+    """How STUDY (a name, a folder or its YAML file) is going, also a single run; without one, all that --runs holds."""
     if study is None:
         _all(runs, as_json)
         return
-    results = read_study(options.study_folder(study, runs))
+    results = options.study_or_run(study, runs)
     if as_json:
         options.print_json({**_summary(results), "trials": [_as_dict(trial) for trial in results.trials]})
         return
     console = options.console()
     console.print(_sentence(results))
     print_findings(results, top)
-    for trial in results.having("failed"):
+    # Of a single run the sentence says it.
+    for trial in results.having("failed") if results.kind == "study" else ():
         console.print(f"trial {trial.number} failed: {trial.reason}", style="red", markup=False)
 
 
 def _all(runs: Path, as_json: bool) -> None:
     from dense_lab.results import read_study
+    from dense_lab.runs import read_run, runs_below
 
     found = [read_study(path.parent) for path in sorted(runs.glob("*/study.json"))]
+    found += map(read_run, runs_below(runs))
     if as_json:
         options.print_json([_summary(results) for results in found])
     elif not found:
-        options.console().print(f"no studies in {runs}: `dense-lab search STUDY.yaml` starts one")
+        options.console().print(f"no studies in {runs}: `dense-lab search STUDY.yaml` starts one, `train` a run")
     else:
         for results in found:
             options.console().print(_sentence(results))
@@ -56,6 +57,7 @@ def _summary(results: StudyResults) -> dict[str, Any]:
     best = results.best
     return {
         "name": results.name,
+        "kind": results.kind,
         "folder": str(results.folder),
         "digest": results.digest,
         "total": results.total,
@@ -66,6 +68,10 @@ def _summary(results: StudyResults) -> dict[str, Any]:
 
 
 def _sentence(results: StudyResults) -> str:
+    if results.kind == "run":
+        from dense_lab.report.single import summary
+
+        return f"{results.name}: a single run, {summary(results.trials[0])}"
     counts = _summary(results)
     states = ", ".join(f"{counts[s]} {s}" for s in ("pruned", "failed", "running", "interrupted") if counts[s])
     text = f"{results.name}: {counts['complete']} of {results.total} trials complete"

@@ -38,11 +38,13 @@ def command(
     loaded = options.load_study(study, overrides)
     _check_single(study, loaded)
     spec = loaded.point({})
+    from dense_lab.runs import SINGLE, sign
     from dense_lab.search import data
+    from dense_lab.study import plugins_used
     from dense_lab.training import train
     from dense_lab.units import human
 
-    folder = out or runs / loaded.name / "single"
+    folder = out or runs / loaded.name / SINGLE
     if not (folder / "spec.json").exists():
         # Before anything is written: what the user then corrects would be another run.
         data.prepare(loaded)
@@ -58,6 +60,7 @@ def command(
 
     if not as_json:
         console.print(f"training {spec.digest()} into {folder}")
+    sign(folder, spec.digest(plugins_used(spec, loaded.registry)))
     result = train(spec, folder, device=device, on_evaluation=tell)
     if as_json:
         options.print_json({"folder": str(folder), "metrics": result.metrics, "tags": result.tags})

@@ -51,7 +51,7 @@ def _section(one: Section, level: int) -> str:
     return "".join(
         [
             f'<section id="{name}"><h{level}>{name}</h{level}>',
-            f'<p class="sub">dense-lab study {entities.escape(one.results.digest)}</p>',
+            f'<p class="sub">dense-lab {one.results.kind} {entities.escape(one.results.digest)}</p>',
             *(f"<p{_standing(one, index)}>{entities.escape(text)}</p>" for index, text in enumerate(one.lead)),
             *(html(table, "plain" if one.ablated else "ranked", level + 1) for table in one.head),
             _figures(one, level + 1),

@@ -40,6 +40,29 @@ def pictures(results: StudyResults) -> list[Picture]:
     return [replace(one, name=name, caption=caption) for name, (caption, one) in plots.items() if one]
 
 
+def run_pictures(results: StudyResults) -> list[Picture]:
+    """The plot of a single run."""
+    trial = results.trials[0]
+    lines = {
+        name: [(line["tokens"], line[name]) for line in trial.curve if name in line]
+        for name in ("train/loss", "valid/loss")
+    }
+    if not any(lines.values()):
+        return []
+
+    def paint(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for colour, (name, points) in zip(("#bbbbbb", COLOURS[0]), lines.items(), strict=True):
+            if points:
+                tokens, losses = zip(*points, strict=True)
+                axes.plot(tokens, losses, color=colour, label=name, marker="." if name == "valid/loss" else None)
+        axes.set(xlabel="training tokens", ylabel="loss, nats per token")
+        axes.xaxis.set_major_formatter(lambda value, _: human(value))
+        axes.legend(frameon=False, fontsize=9)
+
+    return [Picture("curve", "Loss while training.", 7.2, 4.2, paint)]
+
+
 def _grouping(results: StudyResults) -> tuple[str, dict[str, str]]:
     """The choice that colours the plots, and a colour for each of its options."""
     groups = by_option(results)

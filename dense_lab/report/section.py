@@ -44,7 +44,11 @@ class Section:
 
 
 def section(results: StudyResults) -> Section:
-    """The section of a study, which is an ablation or a search."""
+    """The section of a study, which is an ablation or a search, or of a single run."""
+    if results.kind == "run":
+        from dense_lab.report.single import run_section
+
+        return run_section(results)
     ablated = gather(results)
     return _search(results) if ablated is None else _ablation(ablated)
 
@@ -132,7 +136,8 @@ def _overview_row(one: Section) -> tuple[str | Cell, ...]:
         metric = results.goals[0].metric
         found = f"best {tables.metric_text(metric, best.metrics[metric])}" if best else "–"
         done = f"{len(results.having('complete'))} of {results.total}"
-        return (results.name, f"search, {metric}", "–", done, *("–" for _ in KINDS), found)
+        what = "single run" if results.kind == "run" else "search"
+        return (results.name, f"{what}, {metric}", "–", done, *("–" for _ in KINDS), found)
     counts = [str(sum(verdict.verdict == kind for _, verdict in ablated.judged)) for kind in KINDS]
     done = f"{sum(len(a.cells) for a in ablated.arms)} of {sum(ablated.planned(a) for a in ablated.arms)}"
     gains = [(arm, verdict) for arm, verdict in ablated.judged if verdict.verdict == "better"]

@@ -151,9 +151,9 @@ def _natural(text: str) -> tuple[int, str]:
 
 def provenance(results: StudyResults) -> Table:
     """What a reader needs to repeat the study."""
-    trials = results.having("complete")
-    rows = [("study", results.name), ("digest", results.digest)]
-    if results.ablation is None:
+    trials = results.having("complete") if results.kind == "study" else results.trials
+    rows = [(results.kind, results.name), ("digest", results.digest)]
+    if results.ablation is None and results.kind == "study":
         rows += [("search", ", ".join(f"{k} {v}" for k, v in results.search.items() if k != "objective"))]
         rows += [("objective", ", ".join(f"{g.direction} {g.metric}" for g in results.goals))]
     found = {name: sorted({t.tags[name] for t in trials if name in t.tags}, key=_natural) for name in RECORDED}
