@@ -84,7 +84,7 @@ class _Fuse(torch.autograd.Function):
         norm = row.new_empty(0) if weight is None else _vectors(weight, dtype).flatten()
         before = table = row.new_empty(0, 0)
         if hidden is not None and second is not None:
-            before, table = _vectors(hidden, dtype, 4), _vectors(_vectors(second, dtype, 4).mT, dtype)
+            before, table = _vectors(hidden, dtype, 4), _vectors(_vectors(second, dtype, 4).t(), dtype)
         out, scales = torch.empty_like(row), row.new_empty(len(row))
         given = (row, _addresses(rows[:count]), _addresses(rows[count:]), silu(before), table, norm)
         run(loops.forward, *_work(row, rows), row[:0], given, *options[:3], own.shape[-1], out, scales)
@@ -112,26 +112,30 @@ class _Fuse(torch.autograd.Function):
         scratch = own.new_empty(2 + loops.ROWS, own.shape[1])
         run(loops.backward, tasks, cost, scratch, given, silu_, sigmoid, shape[-1], scales, d_out, d_again, (*d, sums))
         d_own, d_reads, d_gates, d_active = d
-        d_sources = d_reads if len(d_reads) in (1, count) else d_own.unsqueeze(0)
-        streams = [_shaped(x, shape) for x in (d_own, *d_sources.expand(count, -1, -1), *d_gates)]
+        first, *rest = (_shaped(x, shape) for x in (d_own, *d_reads.unbind(), *d_gates.unbind()))
+        d_sources = rest[: len(d_reads)] or [first]
+        streams = (first, *(d_sources if len(d_sources) == count else d_sources * count), *rest[len(d_reads) :])
         total = sums.sum(0)
         d_weight = total[rank, : shape[-1]] if len(norm) else None
         if not rank:
             return None, d_weight, None, None, *streams
         d_hidden = _shaped(torch.ops.aten.silu_backward(d_active, before), hidden_shape)
-        return None, d_weight, d_hidden, total[: second_shape[1], : shape[-1]].mT, *streams
+        return None, d_weight, d_hidden, total[: second_shape[1], : shape[-1]].t(), *streams
 
 
 def _vectors(x: Tensor, dtype: torch.dtype, multiple: int = WIDTH) -> Tensor:
     """[N, W'] of x [..., W], contiguous, in the dtype computed in, with zeros up to a multiple."""
-    x = x.to(dtype).reshape(-1, x.shape[-1])
-    missing = -x.shape[-1] % multiple
+    width = x.shape[-1]
+    missing = -width % multiple
+    if not missing and x.dtype == dtype and x.is_contiguous():
+        return x.view(-1, width)
+    x = x.to(dtype).reshape(-1, width)
     return (pad(x, (0, missing)) if missing else x).contiguous()
 
 
 def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
     """Rows [N, W'] as [..., W]."""
-    return rows[:, : shape[-1]].reshape(shape)
+    return rows.view(shape) if rows.shape[1] == shape[-1] else rows[:, : shape[-1]].reshape(shape)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
