@@ -270,11 +270,9 @@ class _Tally(NamedTuple):
 def _tally(module: nn.Module | None) -> _Tally:
     if module is None:
         return _Tally(0, 0)
-    below = list(module.modules())
-    maps = (found for found in below if isinstance(found, nn.Linear))
-    linear = sum(found.weight.numel() * getattr(found, "applications", 1) for found in maps)
-    own = {parameter: None for found in below for parameter in found.parameters(recurse=False)}
-    return _Tally(sum(parameter.numel() for parameter in own), linear)
+    maps = (below for below in module.modules() if isinstance(below, nn.Linear))
+    linear = sum(below.weight.numel() * getattr(below, "applications", 1) for below in maps)
+    return _Tally(sum(parameter.numel() for parameter in module.parameters()), linear)
 
 
 @functools.lru_cache(_KEPT)
