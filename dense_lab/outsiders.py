@@ -29,14 +29,19 @@ def look(models: Iterable[ModelSpec], registry: Registry) -> list[str]:
     """
     if all(plugin.name == BUILTIN.name for plugin in registry.plugins if plugin.components):
         return []
-    tried: dict[frozenset[tuple[type, str]], str] = {}
+    found = []
     for model in models:
         parts = {(type(part), part.model_dump_json()): part for part in components_of(model)}
         strangers = [part for part in parts.values() if _owner(part, registry)[0] != BUILTIN.name]
         key = frozenset(parts)
-        if strangers and key not in tried:
-            tried[key] = _tried(model, strangers, registry)
-    return list(dict.fromkeys(filter(None, tried.values())))
+        if strangers and key not in _known:
+            _known[key] = _tried(model, strangers, registry)
+        found.append(_known.get(key, ""))
+    return list(dict.fromkeys(filter(None, found)))
+
+
+_known: dict[frozenset[tuple[type, str]], str] = {}
+"""Why a combination could not be tried; of those that this process has been through."""
 
 
 def _tried(model: ModelSpec, strangers: Sequence[Component], registry: Registry) -> str:
@@ -72,6 +77,8 @@ def _leaks(model: ModelSpec, registry: Registry) -> dict[str, float]:
     def logits(part: object) -> torch.Tensor:
         torch.manual_seed(0)  # Dropout is to drop the same.
         found: torch.Tensor = module(part(ids))  # type: ignore[operator]
+        if not found.isfinite().all():
+            raise ArithmeticError("its outputs with random weights are not finite")
         return found
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -18,6 +18,7 @@ from dense_lab.counting import check_sizes, count
 from dense_lab.errors import InputError, MachineError
 from dense_lab.files import last_line
 from dense_lab.model import LanguageModel
+from dense_lab.outsiders import look
 from dense_lab.study import RunSpec, plugins_used
 from dense_lab.training import checkpoint, code, provenance
 from dense_lab.training.checkpoint import Progress
@@ -61,7 +62,8 @@ def train(
     """
     place = choose_place(device, spec.train.precision)
     use_threads(threads)
-    plugins = plugins_used(spec, registry or registries.default())
+    registry = registry or registries.default()
+    plugins = plugins_used(spec, registry)
     recorder = Recorder(folder)
     recorder.begin(spec, plugins)
     stored = recorder.result()
@@ -70,6 +72,8 @@ def train(
     generators = [place.device] if place.device.type == "cuda" else []
     run: Run | None = None
     try:
+        # Commands have looked at some points of a search; this may be another.
+        look([spec.model], registry)
         with torch.random.fork_rng(devices=generators):
             run = Run(spec, plugins, place, recorder)
             run.train(on_evaluation, should_stop)

@@ -11,7 +11,7 @@ from dense_lab.components import FFN, Core, Fusion
 from dense_lab.hookspecs import hookimpl
 from dense_lab.modules import CoreModule, FusionModule, Selected, State, Stream, Streams
 
-How = Literal["fine", "next", "batch", "shape", "device"]
+How = Literal["fine", "next", "batch", "shape", "device", "nan"]
 
 
 def spoiled(x: Tensor, how: How) -> Tensor:
@@ -25,6 +25,8 @@ def spoiled(x: Tensor, how: How) -> Tensor:
             return x[..., :-1]
         case "device":
             raise RuntimeError("needs a\nGPU")
+        case "nan":
+            return x / 0 - x / 0
     return x
 
 

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from dense_lab import outsiders
 from dense_lab import registry as registries
 from dense_lab.cli import group
 from dense_lab.errors import InputError
+from dense_lab.files import read_json
 from dense_lab.model import ModelSpec
 from dense_lab.outsiders import look
 from dense_lab.registry import Registry
+from dense_lab.study import RunSpec
+from dense_lab.training import train
 
 ODD = Path(__file__).with_name("odd.py")
 GLA = Path(__file__).parents[2] / "plugins" / "dense-lab-gla" / "dense_lab_gla.py"
@@ -62,20 +66,36 @@ def test_what_is_right_passes_soon(odd: Registry) -> None:
     assert look(models, odd) == []
     times = []
     for _ in range(3):
+        outsiders._known.clear()
         start = time.perf_counter()
         look(models[:1], odd)
         times.append(time.perf_counter() - start)
     assert min(times) < 1
 
 
-def test_what_cannot_run_here_is_said(odd: Registry) -> None:
-    (said,) = look([model(odd, {"kind": "odd", "how": "device"})] * 2, odd)
-    assert said.endswith("not tried for leaks, since on the CPU it raised RuntimeError: needs a GPU")
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("device", "RuntimeError: needs a GPU"),
+        ("nan", "ArithmeticError: its outputs with random weights are not finite"),
+    ],
+)
+def test_what_cannot_be_tried_is_said_and_not_refused(odd: Registry, how: str, why: str) -> None:
+    (said,) = look([model(odd, {"kind": "odd", "how": how})] * 2, odd)
+    assert said.startswith("core 'odd' of odd.py")
+    assert said.endswith(f"not tried for leaks, since on the CPU it raised {why}")
 
 
 def test_built_in_components_alone_are_not_tried(odd: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dense_lab.outsiders._leaks", None)
     assert look([model(odd)], odd) == []
+
+
+def test_a_trial_that_no_command_has_looked_at_fails(odd: Registry, tmp_path: Path) -> None:
+    tree = {"model": {"width": 16, "depth": 1, "core": {"kind": "odd", "how": "next"}}}
+    with pytest.raises(InputError, match="core 'odd'"):
+        train(RunSpec.model_validate(tree, context={"registry": odd}), tmp_path, device="cpu", registry=odd)
+    assert "later tokens" in read_json(tmp_path / "result.json")["reason"]
 
 
 @pytest.mark.parametrize("command", ["check", "search", "train"])
