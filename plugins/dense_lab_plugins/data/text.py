@@ -40,7 +40,7 @@ class Text(TextFields, Data):
         if path.is_file():
             return [path]
         if not path.is_dir():
-            message = f"no file or folder {self.path!r} (looked in {Path.cwd()}): write it relative to there, or in full"
+            message = f"no file or folder {self.path!r} (looked in {Path.cwd()}): name one, from there or in full"
             raise InputError(Problem(message, "data.path"))
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in {".txt", *_TABLES} and file.is_file())
         if not files:
