@@ -32,20 +32,13 @@ from dense_lab_kernels.selective_scan import ScanSource, selective_scan, triton
 SHAPES = [(8, 2048, 2048, 16), (8, 4096, 2048, 16), (1, 2048, 32768, 16), (32, 1536, 1024, 16)]  # B, D, T, N
 # mamba-ssm's CUDA kernel on an H200: forward, forward + backward
 QUOTED = {SHAPES[0]: (0.589, 2.89), SHAPES[1]: (1.16, 5.69), SHAPES[2]: (1.45, 7.08), SHAPES[3]: (0.837, 4.28)}
-KERNELS = ("forward", "adjoint", "join", "gradients", "own_gradients", "source_gradients")
-WALK = {"back": 2048, "written": True}
-LONG_WALK = {"back": 1984, "written": True}
+KERNELS = ("forward", "adjoint", "join", "gradients")
 # Shape, sources, site: changes to the rule. The first is the rule itself, whose gradients the others must give.
 SWEEP = {
-    (SHAPES[0], 0, "readout"): [
-        {}, {"written": True}, WALK, WALK | {"limit": 168}, WALK | {"limit": 128}, WALK | {"back_stages": 3},
-        WALK | {"limit": 128, "back_stages": 3}, WALK | {"exchange": False}, WALK | {"back": 1024},
-        WALK | {"back": 1024, "limit": 168}, WALK | {"back": 512, "limit": 128},
-    ],
-    (SHAPES[2], 0, "readout"): [
-        {}, LONG_WALK, LONG_WALK | {"limit": 128}, LONG_WALK | {"back": 4096}, LONG_WALK | {"back": 4096, "limit": 128},
-    ],
-    (SHAPES[0], 2, "carried"): [{}, WALK, WALK | {"limit": 168}, WALK | {"tile": 8}],
+    (SHAPES[0], 0, "readout"): [{}, {"limit": 128}, {"span": 4}, {"span": 16}, {"limit": 128, "span": 16}],
+    (SHAPES[2], 0, "readout"): [{}, {"limit": 128}, {"segment": 1984}, {"limit": 128, "span": 32}],
+    (SHAPES[0], 1, "readout"): [{}, {"limit": None}],
+    (SHAPES[0], 2, "carried"): [{}, {"limit": None}, {"limit": 200}],
 }  # fmt: skip
 
 
@@ -87,7 +80,8 @@ def both(run: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[str, str]:
     with torch.no_grad():
         timing = graphed([run])
     forward = f"{timing.median:7.3f} ({timing.low:.3f}-{timing.high:.3f})"
-    return forward, time_of(train)
+    timing = graphed([train])
+    return forward, f"{timing.median:7.3f} ({timing.low:.3f}-{timing.high:.3f}), called {time_of(train)}"
 
 
 def leaves_of(inputs: dict[str, Any]) -> list[Tensor]:

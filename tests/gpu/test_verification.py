@@ -28,7 +28,7 @@ def runs(core: str) -> list[RunSpec]:
         "model.dense": "{kind: densessm, span: 2}",
         "model.ffn": "swiglu",
         "model.dropout": "0.1",
-        "data": "{kind: mqar, seq_len: 80, pairs: 4, vocab: 64}",
+        "data": "{kind: mqar, seq_len: 80, pairs: 4, vocab: 128}",
         "train.batch_tokens": "320",
     }
     return [Study.load(None, list(said.items())).point({})]

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,15 +55,6 @@ def scan(tokens: int, channels: int, states: int, sources: int, site: str) -> ob
     return selective_scan(*recurrence(), read, skip, z, bias, **given, impl="triton")
 
 
-def walked_scan(*sizes: Any) -> object:
-    """With the backward that only this setting chooses; read at the call, which is where the choice is made."""
-    os.environ["DENSE_LAB_SCAN"] = "walk"
-    try:
-        return scan(*sizes)
-    finally:
-        del os.environ["DENSE_LAB_SCAN"]
-
-
 def convolution(tokens: int, channels: int, width: int) -> object:
     arguments = draw(2, tokens, channels), draw(channels, width), draw(channels)
     return causal_conv1d(*arguments, activation="silu", initial_state=draw(2, channels, width - 1), impl="triton")
@@ -99,7 +89,6 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         yield "decay attention, wide", partial(attention, 300, 1, 1, (130, 1030), constant[:1], start=True)
     for sources, site in ((0, "readout"), (1, "readout"), (1, "carried")):
         yield f"selective scan, {sources} sources, {site}", partial(scan, 13, 37, 5, sources, site)
-    yield "selective scan, one walk back", partial(walked_scan, 13, 37, 5, 1, "carried")
     for tokens, channels, width in ((37, 33, 4), (1, 70, 2)):
         yield f"convolution of {tokens} tokens", partial(convolution, tokens, channels, width)
     for gates, norm in (("none", True), ("shared", True), ("each", True), ("each", False)):

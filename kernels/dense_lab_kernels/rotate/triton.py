@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dense_lab_kernels._triton import (
+    INTERPRETED,
     Launch,
     Sm90Case,
     applied,
@@ -27,6 +28,7 @@ from dense_lab_kernels._triton import (
     compile_once,
     launch,
     power_of_2,
+    sigmoid,
     unsupported_place,
 )
 from dense_lab_kernels.rotate.reference import angles, log_decays
@@ -35,12 +37,43 @@ __all__ = ["rotate", "sm90_cases", "unsupported"]
 
 _OPERATION = "rotate"
 _WIDEST = 4096
+_ASSEMBLY = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
 def _pairs(tile, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     """Even and odd columns of [TOKENS, WIDTH]."""
     return tl.split(tl.reshape(tile, (TOKENS, WIDTH // 2, 2)))
+
+
+@triton.jit
+def _sine(angle):
+    """Of angles between -pi and pi, to 2^-20: a twentieth of the work of one to the last bit."""
+    if _ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:  # noqa: RET505 - the branch is resolved when compiling, and must not leave a second return behind
+        return tl.sin(angle)
+
+
+@triton.jit
+def _cosine(angle):
+    """As _sine."""
+    if _ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:  # noqa: RET505
+        return tl.cos(angle)
+
+
+@triton.jit
+def _decayed(x):
+    """1 - exp(x) of fp32 x <= 0, to a few units in the last place however small x is."""
+    series = 1.0 / 720 + x * (1.0 / 5040)
+    series = 1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * series))
+    return tl.where(x > -0.5, -x * (1.0 + x * (0.5 + x * series)), 1.0 - tl.exp(x))
 
 
 @triton.jit
@@ -67,6 +100,7 @@ def _turn_heads(
     NORMALISED: tl.constexpr,
     SILU: tl.constexpr,
     BACKWARD: tl.constexpr,
+    EXACT: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -76,18 +110,22 @@ def _turn_heads(
         offset = batch * x_batch + token * x_token + head * x_head
         value = tl.load(x + offset[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if SILU and not BACKWARD:
-            value *= tl.sigmoid(value)
+            value *= sigmoid(value)
         if NORMALISED:
             decay = tl.load(log_decay + head)
-            size = tl.sqrt((1.0 - tl.exp(decay)) / (1.0 - tl.exp(decay * (position + 1.0))))
-            value *= size.to(tl.float32)[:, None]
+            if EXACT:
+                size = tl.sqrt((1.0 - tl.exp(decay)) / (1.0 - tl.exp(decay * (position + 1.0)))).to(tl.float32)
+            else:
+                first = _decayed(decay.to(tl.float32))
+                size = tl.sqrt(first / _decayed((decay * (position + 1.0)).to(tl.float32)))
+            value *= size[:, None]
         real, imaginary = _pairs(value, TOKENS, WIDTH)
         turned = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
         value = tl.reshape(turned, (TOKENS, WIDTH))
         if SILU and BACKWARD:
             offset = batch * before_batch + token * before_token + head * before_head
             raw = tl.load(before + offset[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-            open_ = tl.sigmoid(raw)
+            open_ = sigmoid(raw)
             value *= open_ * (1.0 + raw * (1.0 - open_))
         offset = ((batch * tokens + token) * heads + head) * width
         tl.store(out + offset[:, None] + column[None, :], value.to(out.dtype.element_ty), mask=mask)
@@ -122,6 +160,7 @@ def _rotate(
     SILU: tl.constexpr,
     BACKWARD: tl.constexpr,
     ALSO: tl.constexpr,
+    EXACT: tl.constexpr,  # as exact as float32 results must be
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -135,22 +174,26 @@ def _rotate(
     if STARTED:
         position += tl.load(start).to(tl.float64)
     turn = position[:, None] * tl.load(turns + half, mask=half < width // 2, other=0.0)[None, :]
-    angle = ((turn - tl.floor(turn)) * 6.283185307179586).to(tl.float32)
-    cosine = tl.cos(angle) * scale
-    sine = tl.sin(angle) * scale
+    angle = ((turn - tl.floor(turn + 0.5)) * 6.283185307179586).to(tl.float32)
+    if EXACT:
+        cosine = tl.cos(angle) * scale
+        sine = tl.sin(angle) * scale
+    else:
+        cosine = _cosine(angle) * scale
+        sine = _sine(angle) * scale
     if BACKWARD:
         sine = -sine
     if not ALSO or tl.program_id(0) < programs:
         _turn_heads(
             x, before, out, log_decay, x_batch, x_token, x_head, before_batch, before_token, before_head,
             batch, token, position, cosine, sine, mask, tokens, heads, width,
-            NORMALISED, SILU, BACKWARD, TOKENS, WIDTH,
+            NORMALISED, SILU, BACKWARD, EXACT, TOKENS, WIDTH,
         )  # fmt: skip
     else:
         _turn_heads(
             also, also, also_out, log_decay, also_batch, also_token, also_head, also_batch, also_token, also_head,
             batch, token, position, cosine, sine, mask, tokens, heads, width,
-            False, False, BACKWARD, TOKENS, WIDTH,
+            False, False, BACKWARD, EXACT, TOKENS, WIDTH,
         )  # fmt: skip
 
 
@@ -190,6 +233,7 @@ def _launch(given: _Tensors, start: Tensor | None, options: dict[str, Any]) -> L
         "SILU": options["activation"] == "silu",
         "BACKWARD": options["BACKWARD"],
         "ALSO": also is not None,
+        "EXACT": x.dtype == torch.float32,
     }
     pair = (second, out if also_out is None else also_out)
     tensors = (x, before, out, *pair, turns, decays, turns if start is None else start)
@@ -281,6 +325,7 @@ def _sm90_case(
         "SILU": activation == "silu",
         "BACKWARD": kind == "backward",
         "ALSO": bool(also),
+        "EXACT": dtype == "fp32",
     }
     name = f"{kind}{also}-{started}-{normaliser}-{activation}-{dtype}-w{block}"
     return Sm90Case(name, _rotate, signature, {**flags, "TOKENS": rows, "WIDTH": block}, warps, 3)

@@ -21,14 +21,14 @@ from triton.language.extra.cuda import libdevice
 
 from dense_lab_kernels._triton import INTERPRETED, sigmoid
 
-_FAST_EXP = tl.constexpr(not INTERPRETED)
+ASSEMBLY = tl.constexpr(not INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def exp2(x):
     """2 ** x in one instruction; a result below 1e-38 is zero (a decay that small has forgotten everything)."""
-    if _FAST_EXP:
+    if ASSEMBLY:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -39,7 +39,7 @@ def exp2(x):
 @triton.jit
 def exp(x):
     """exp(x) as torch computes it on the same device, to one unit in the last place and without bias."""
-    if _FAST_EXP:
+    if ASSEMBLY:
         return libdevice.exp(x)
     else:  # noqa: RET505
         return tl.exp(x)
@@ -62,7 +62,7 @@ def decays(rate, step, raw):
 @triton.jit
 def reciprocal(x):
     """1 / x in one instruction, to one unit in the last place."""
-    if _FAST_EXP:
+    if ASSEMBLY:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -93,36 +93,44 @@ def pick(x, place, AXIS: tl.constexpr):
     return tl.sum(tl.where(place, x, -0.0), axis=AXIS)
 
 
-def _steps(tokens: int, held: int) -> tuple[str, str]:
-    """PTX and operand types of `scan` for the numbers of a thread: `held` states of `tokens` tokens."""
+def _steps(tokens: int, held: int, *, back: bool = False) -> tuple[str, str]:
+    """PTX and operand types of `scan` (or, back, of `walk_back`) for the numbers of a thread: `held` states of `tokens`
+    tokens. Results; operands: decays, inflows, and what comes first, once a token."""
     count = tokens * held
+    decay = (
+        count - held if back else count
+    )  # what decays a state on its way in is its own; back, that of the one before
     code = [
-        f"fma.rn.f32 ${i}, ${count + i}, ${i - held if i >= held else 3 * count + i}, ${2 * count + i};"
+        f"fma.rn.f32 ${i}, ${decay + i}, ${i - held}, ${2 * count + i};"
+        if i >= held
+        else (f"add.f32 ${i}, ${3 * count + i}, ${2 * count + i};" if back
+              else f"fma.rn.f32 ${i}, ${count + i}, ${3 * count + i}, ${2 * count + i};")
         for i in range(count)
-    ]
+    ]  # fmt: skip
     return " ".join(code), ",".join(["=&f"] * count + ["f"] * (3 * count))
 
 
-_SCAN_128, _SCAN_TYPES_128 = (tl.constexpr(x) for x in _steps(8, 16))
-_SCAN_32, _SCAN_TYPES_32 = (tl.constexpr(x) for x in _steps(4, 8))
+SCAN_128, SCAN_TYPES_128 = (tl.constexpr(x) for x in _steps(8, 16))
+SCAN_32, SCAN_TYPES_32 = (tl.constexpr(x) for x in _steps(4, 8))
+BACK_128, BACK_32 = (tl.constexpr(_steps(tokens, held, back=True)[0]) for tokens, held in ((8, 16), (4, 8)))
 
 
 @triton.jit
-def scan(a, b, h, j, TILE: tl.constexpr, WRITTEN: tl.constexpr):
+def scan(a, b, h, j, TILE: tl.constexpr):
     """h_j = a_j h_{j-1} + b_j over the first axis, [TILE, NP, BLOCK]; the last state too, [NP, BLOCK].
 
-    WRITTEN: the usual sizes are written out as PTX, a thread's states of one token after the other. The compiler then
+    The usual sizes are written out as PTX, a thread's states of one token after the other. The compiler then
     takes half of the time, and for a walk without output half of the registers.
     """
     SIZE: tl.constexpr = h.shape[0] * h.shape[1]
-    if WRITTEN and _FAST_EXP and TILE == 8 and SIZE == 512:
+    if ASSEMBLY and TILE == 8 and SIZE == 512:
         states = tl.inline_asm_elementwise(
-            _SCAN_128, _SCAN_TYPES_128, [a, b, h[None, :, :]], dtype=tl.float32, is_pure=True, pack=128
+            SCAN_128, SCAN_TYPES_128, [a, b, h[None, :, :]], dtype=tl.float32, is_pure=True, pack=128
         )
         h = pick(states, (j == TILE - 1)[:, None, None], 0)
-    elif WRITTEN and _FAST_EXP and TILE == 4 and SIZE == 256:
+    elif ASSEMBLY and TILE == 4 and SIZE == 256:
         states = tl.inline_asm_elementwise(
-            _SCAN_32, _SCAN_TYPES_32, [a, b, h[None, :, :]], dtype=tl.float32, is_pure=True, pack=32
+            SCAN_32, SCAN_TYPES_32, [a, b, h[None, :, :]], dtype=tl.float32, is_pure=True, pack=32
         )
         h = pick(states, (j == TILE - 1)[:, None, None], 0)
     else:
@@ -207,7 +215,6 @@ def forward(
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr,
     OUTPUT: tl.constexpr, RAW: tl.constexpr, KEEP: tl.constexpr, SUMS: tl.constexpr,
     M: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    WRITTEN: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment for BLOCK channels of one batch element; grid (channel blocks, B, segments).
 
@@ -253,21 +260,21 @@ def forward(
             other_step = tl.where(live, activate(rows[M + 1 + i].to(tl.float32) + biases[i][None, :], SOFTPLUS), 0.0)
             other_a = decays(rate[i], other_step, rows[M + 1 + i])
             other_b = shared[i].to(tl.float32)[:, :, None] * (other_step * rows[i].to(tl.float32))[:, None, :]
-            other, other_end = scan(other_a, other_b, h[i], j, TILE, WRITTEN)
+            other, other_end = scan(other_a, other_b, h[i], j, TILE)
             gate = rows[2 * M + 1 + i].to(tl.float32)[:, None, :]
             inflow += gate * other
             ends = ends + (other_end,)
             if SUMS:
                 totals = totals + (sums[i] + tl.sum(other_step, axis=0),)
                 if CARRIED:
-                    products, product_end = scan(other_a, tl.zeros_like(other_a), product[i - 1], j, TILE, WRITTEN)
-                    _crosses, cross_end = scan(a, gate * products, cross[i - 1], j, TILE, WRITTEN)
+                    products, product_end = scan(other_a, tl.zeros_like(other_a), product[i - 1], j, TILE)
+                    _crosses, cross_end = scan(a, gate * products, cross[i - 1], j, TILE)
                     next_product, next_cross = next_product + (product_end,), next_cross + (cross_end,)
         value = rows[0].to(tl.float32)
         b = shared[0].to(tl.float32)[:, :, None] * (step * value)[:, None, :]
         if CARRIED:
             b += inflow
-        states, own_end = scan(a, b, h[0], j, TILE, WRITTEN)
+        states, own_end = scan(a, b, h[0], j, TILE)
         if M > 0 and not CARRIED:
             states += inflow
         h = (own_end,) + ends

@@ -1,13 +1,14 @@
-"""The backward walk of the selective scan: all gradients of all streams in one pass over the tokens, last first.
+"""All gradients of the selective scan, tile by tile, from the states before and the states' gradients after every tile.
 
-A program owns 32 channels, one to a lane, and each of its WARPS four of the states: enough warps for the processor to
-have something to do while others wait. They walk a segment back tile by tile, replay a tile's states from the state
-before it, walk back with their gradients, and add up over states (du, ddt, the gates; through shared memory) and over
-channels (B and C; on tensor cores, within the warp; other programs' parts are added afterwards). The states'
-gradients and the sums of A stay in registers from tile to tile. No atomics.
+Tiles do not wait for each other: `forward` has restored the states before them, `adjoint` has walked the states'
+gradients back to their ends. A program is one warp with 32 channels of one batch element, one to a lane, and takes
+`span` tiles in turn. What a tile's tokens share over the states (steps, the output's gradient, sums over states) stays
+in registers; the states are taken one after the other: replayed, walked back, and done with. So few numbers live at a
+time that several warps share a scheduler, and nothing is computed alike in two lanes. Sums over channels (B, C) go
+through tensor cores within the warp, and over programs afterwards; sums over tokens (A)
+are added to in memory, by one program each and so in one order: the result does not depend on scheduling.
 
-Letters as in the forward; states of a tile are [TILE, HELD, WARPS, BLOCK]:
-a thread of warp w holds the HELD states from w HELD on.
+Letters as in the forward; K = TILE tokens of a tile; P tokens, padded to whole tiles.
 """
 
 # ruff: noqa: RUF005 - Triton knows no unpacking inside a tuple
@@ -17,332 +18,466 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_lab_kernels._triton import INTERPRETED, sigmoid
-from dense_lab_kernels.selective_scan.triton_backward import slope
+from dense_lab_kernels._triton import sigmoid
 from dense_lab_kernels.selective_scan.triton_forward import (
+    ASSEMBLY,
     LOG2_E,
     activate,
     exp,
     exp2,
-    fetch,
-    load_states,
     own_channels,
     pick,
-    piece_offset,
 )
 
-_TENSOR_CORES = tl.constexpr(not INTERPRETED)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_NUMBERS = 16  # sums over channels that one exchange makes
+SLOTS = 4  # of shared memory: states at work or on their way
 # Tensor cores cut the operands to 10 bits of mantissa: on average a factor 1 - 3.5e-4, which is put back.
 _UNCUT = tl.constexpr(1.00035)
 
 
-def _warp_sums(count: int) -> str:
-    """PTX: operands count .. 2 count - 1 hold `count` numbers of every thread, summed over the warp into operand 0.
+def _warp_sums(numbers: list[str], ones: list[str]) -> list[str]:
+    """PTX: up to 16 numbers of every thread, summed over the warp; lane l finds the sum of `summed(l)` in v0.
 
-    Thread l receives the sum of number e(l) (`warp_sum_index`); the other results are zero. The four lanes of a
-    quad are summed on tensor cores, 16 x 8 against a matrix of ones and zeros that puts the sums of four numbers at
-    a time into columns of their own; then the eight quads in steps that halve what is left.
+    The four lanes of a quad are summed on tensor cores, 16 x 8 against a matrix of ones and zeros that puts the sums
+    of four numbers at a time into columns of their own; then the eight quads in steps that halve what is left.
+    ones: that matrix, eight numbers of every thread: number i is one in the four lanes from 4 i on.
     """
-    code = [".reg .b32 l, g, t, x<32>, s<8>; .reg .pred q<8>, p; .reg .f32 v<8>, a, b, o, z;"]
-    code += ["mov.u32 l, %laneid; shr.u32 g, l, 2; mov.f32 z, 0f00000000;"]
-    code += [f"setp.eq.u32 q{i}, g, {i}; selp.b32 s{i}, 0x3F800000, 0, q{i};" for i in range(8)]
-    code += [f"mov.b32 x{i}, ${count + i};" for i in range(count)]
-    for i in range(count // 4):
-        first, slot = i // 4 * 4, i % 4
-        out = ", ".join(f"v{first + k}" for k in range(4))
+    numbers = numbers + ["z"] * (_NUMBERS - len(numbers))
+    code = [".reg .b32 l, t, s<8>, x<16>; .reg .pred p; .reg .f32 v<4>, u, w, o, z;"]
+    code += ["mov.u32 l, %laneid; mov.f32 z, 0f00000000;"]
+    code += [f"mov.b32 s{i}, {one};" for i, one in enumerate(ones)]
+    code += [f"mov.b32 x{i}, {number};" for i, number in enumerate(numbers)]
+    for i in range(4):
         given = ", ".join(f"x{4 * i + k}" for k in (0, 2, 1, 3))
         code.append(
-            f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{{out}}}, {{{given}}}, "
-            f"{{s{2 * slot}, s{2 * slot + 1}}}, {{{out if slot else 'z, z, z, z'}}};"
+            f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{v0, v1, v2, v3}}, {{{given}}}, "
+            f"{{s{2 * i}, s{2 * i + 1}}}, {{{'v0, v1, v2, v3' if i else 'z, z, z, z'}}};"
         )
-    left = count // 4
-    for mask in (16, 8, 4):
+    for left, mask in ((2, 16), (1, 8)):
         code.append(f"and.b32 t, l, {mask}; setp.ne.u32 p, t, 0;")
-        if left == 1:
-            code.append(f"shfl.sync.bfly.b32 o, v0, {mask}, 31, -1; add.f32 v0, v0, o;")
-            continue
-        left //= 2
         for k in range(left):
-            code.append(f"selp.f32 a, v{k}, v{k + left}, p; selp.f32 b, v{k + left}, v{k}, p;")
-            code.append(f"shfl.sync.bfly.b32 o, a, {mask}, 31, -1; add.f32 v{k}, b, o;")
-    code += ["mov.f32 $0, v0;", *(f"mov.f32 ${i}, z;" for i in range(1, count))]
-    return "{ " + " ".join(code) + " }"
-
-
-_SUMS_32, _SUMS_16 = tl.constexpr(_warp_sums(32)), tl.constexpr(_warp_sums(16))
-_TYPES_32, _TYPES_16 = (tl.constexpr(",".join(["=f"] * k + ["f"] * k)) for k in (32, 16))
-
-
-def _steps(tokens: int, states: int, *, back: bool) -> tuple[str, str]:
-    """PTX and operand types of `replayed` (or, back, of `walked_back`) for the numbers of one thread."""
-    count = tokens * states
-    code = [".reg .f32 h, t;"]
-    for n in range(states):
-        order = [k * states + n for k in range(tokens)]
-        if back:  # results: gradients, passed on; operands: a, C, gradient of y, s
-            code.append(f"mov.f32 h, ${5 * count + n};")
-            for i in reversed(order):
-                code.append(f"fma.rn.f32 ${i}, ${3 * count + i}, ${4 * count + i}, h;")
-                code.append(f"mul.f32 ${count + i}, ${2 * count + i}, ${i}; mov.f32 h, ${count + i};")
-        else:  # results: states before and after; operands: a, b, h
-            code.append(f"mov.f32 h, ${4 * count + n};")
-            for i in order:
-                code.append(f"mov.f32 ${i}, h; fma.rn.f32 h, ${2 * count + i}, h, ${3 * count + i};")
-                code.append(f"mov.f32 ${count + i}, h;")
-    types = ["=&f"] * (2 * count) + ["f"] * ((4 if back else 3) * count)
-    return "{ " + " ".join(code) + " }", ",".join(types)
-
-
-_REPLAY_32, _REPLAY_TYPES_32 = (tl.constexpr(x) for x in _steps(8, 4, back=False))
-_REPLAY_16, _REPLAY_TYPES_16 = (tl.constexpr(x) for x in _steps(4, 4, back=False))
-_BACK_32, _BACK_TYPES_32 = (tl.constexpr(x) for x in _steps(8, 4, back=True))
-_BACK_16, _BACK_TYPES_16 = (tl.constexpr(x) for x in _steps(4, 4, back=True))
+            code.append(f"selp.f32 u, v{k}, v{k + left}, p; selp.f32 w, v{k + left}, v{k}, p;")
+            code.append(f"shfl.sync.bfly.b32 o, u, {mask}, 31, -1; add.f32 v{k}, w, o;")
+    return [*code, "shfl.sync.bfly.b32 o, v0, 4, 31, -1; add.f32 v0, v0, o;"]
 
 
 @triton.jit
-def replayed(a, b, h, j, TILE: tl.constexpr, HELD: tl.constexpr):
-    """The states before and after every token of a tile, h_t = a_t h_{t-1} + b_t."""
-    if _TENSOR_CORES and TILE == 8 and HELD == 4:
-        before, after = tl.inline_asm_elementwise(
-            _REPLAY_32, _REPLAY_TYPES_32, [a, b, h[None, :, :, :]],
-            dtype=(tl.float32, tl.float32), is_pure=True, pack=32,
-        )  # fmt: skip
-    elif _TENSOR_CORES and TILE == 4 and HELD == 4:
-        before, after = tl.inline_asm_elementwise(
-            _REPLAY_16, _REPLAY_TYPES_16, [a, b, h[None, :, :, :]],
-            dtype=(tl.float32, tl.float32), is_pure=True, pack=16,
+def summed(lane):
+    """Which of the numbers of `_warp_sums` a lane finds; lanes l and l ^ 4 find the same."""
+    return lane % 4 * 4 + lane // 8
+
+
+def _one_state(K: int, M: int, *, carried: bool) -> tuple[str, str]:
+    """PTX and operand types of `one_state` for a thread: one state, K tokens, M sources; operands in groups of K.
+
+    Results: flow and lost of every stream, the gradients of the gates; sums of A (one a stream), sum over channels.
+    Operands: what `_warp_sums` needs; gradient of y; steps and step u of every stream; gates; the results so far; then
+    K times the slot of shared memory where `_fetch` has put the rest.
+    """
+    streams = range(M + 1)
+    names = [f"flow{i}" for i in streams] + [f"lost{i}" for i in streams] + [f"dgate{i}" for i in range(M)]
+    given = [
+        "ones",
+        *(["more_ones"] if K == 4 else []),
+        "grad",
+        *(f"step{i}" for i in streams),
+        *(f"taken{i}" for i in streams),
+        *(f"gate{i}" for i in range(M)),
+    ]
+    given += [f"{name}_" for name in names]
+    results = [*names, "sums", "number"]
+    place = {name: K * i for i, name in enumerate([*results, *given, "slot"])}
+
+    def at(name: str, k: int = 0) -> str:
+        return f"${place[name] + k}"
+
+    code = [".reg .b32 lane, mine; mov.u32 lane, %laneid; mad.lo.u32 mine, lane, 4, " + at("slot") + ";"]
+    for i, name in enumerate([f"{x}{i}" for i in streams for x in ("h", "s", "rate")]):
+        code.append(f".reg .f32 {name}; ld.shared.f32 {name}, [mine+{128 * i}];")
+    for i, name in enumerate([*(f"B{i}" for i in streams), "C"]):
+        code.append(f".reg .f32 {', '.join(f'{name}_{k}' for k in range(K))};")
+        for k in range(0, K, 4):
+            row = ", ".join(f"{name}_{k + j}" for j in range(4))
+            code.append(f"ld.shared.v4.f32 {{{row}}}, [{at('slot')}+{384 * (M + 1) + 4 * (K * i + k)}];")
+    for i in streams:
+        code.append(f"mul.f32 rate{i}, rate{i}, 0f3FB8AA3B;")  # to base 2
+        code.append(
+            f".reg .f32 {', '.join(f'{x}{i}_{k}' for x in ('a', 'b', 'h', 'dB') for k in range(K))}, A{i}, e{i};"
+        )
+        for k in range(K):
+            code.append(f"mul.f32 a{i}_{k}, rate{i}, {at(f'step{i}', k)}; ex2.approx.ftz.f32 a{i}_{k}, a{i}_{k};")
+            code.append(f"mul.f32 b{i}_{k}, B{i}_{k}, {at(f'taken{i}', k)};")
+    code.append(f".reg .f32 {', '.join(f'{x}_{k}' for x in ('in', 'dC', 'out') for k in range(K))}, f;")
+
+    def before(i: int, k: int) -> str:
+        return f"h{i}_{k - 1}" if k else f"h{i}"
+
+    for i in [*streams[1:], 0]:
+        for k in range(K):
+            if i == 0 and carried and M:
+                code.append(f"add.f32 b0_{k}, b0_{k}, in_{k};")
+            code.append(f"fma.rn.f32 h{i}_{k}, a{i}_{k}, {before(i, k)}, b{i}_{k};")
+            if i == 1:
+                code.append(f"mul.f32 in_{k}, {at('gate0', k)}, h1_{k};")
+            elif i > 1:
+                code.append(f"fma.rn.f32 in_{k}, {at(f'gate{i - 1}', k)}, h{i}_{k}, in_{k};")
+    for k in range(K):
+        if M and not carried:
+            code.append(f"add.f32 f, h0_{k}, in_{k}; mul.f32 dC_{k}, f, {at('grad', k)};")
+        else:
+            code.append(f"mul.f32 dC_{k}, h0_{k}, {at('grad', k)};")
+    for i in streams:
+        code.append(f"mov.f32 e{i}, s{i}; mov.f32 A{i}, 0f00000000;")
+        for k in reversed(range(K)):
+            if i == 0:
+                if M and not carried:
+                    code.append(f"mul.f32 out_{k}, C_{k}, {at('grad', k)}; add.f32 f, out_{k}, e0;")
+                else:
+                    code.append(f"fma.rn.f32 f, C_{k}, {at('grad', k)}, e0;")
+                if M and carried:
+                    code.append(f"mov.f32 out_{k}, f;")
+            else:
+                code.append(f"fma.rn.f32 {at(f'dgate{i - 1}', k)}, out_{k}, h{i}_{k}, {at(f'dgate{i - 1}_', k)};")
+                code.append(f"fma.rn.f32 f, {at(f'gate{i - 1}', k)}, out_{k}, e{i};")
+            code.append(f"mul.f32 dB{i}_{k}, f, {at(f'taken{i}', k)};")
+            code.append(f"fma.rn.f32 {at(f'flow{i}', k)}, f, B{i}_{k}, {at(f'flow{i}_', k)};")
+            code.append(f"mul.f32 e{i}, a{i}_{k}, f; mul.f32 f, e{i}, {before(i, k)};")
+            code.append(f"fma.rn.f32 {at(f'lost{i}', k)}, f, rate{i}, {at(f'lost{i}_', k)};")
+            code.append(f"fma.rn.f32 A{i}, f, {at(f'step{i}', k)}, A{i};")
+    ones = [at("ones", i) if i < K else at("more_ones", i - K) for i in range(8)]
+    code += _warp_sums([f"dB{i}_{k}" for i in streams for k in range(K)] + [f"dC_{k}" for k in range(K)], ones)
+    code += [f"mov.f32 {at('sums', k)}, {f'A{k}' if k <= M else '0f80000000'};" for k in range(K)]
+    code += [f"mov.f32 {at('number', k)}, {'0f80000000' if k else 'v0'};" for k in range(K)]
+    types = ["=&f"] * (K * len(results)) + ["f"] * (K * len(given)) + ["r"] * K
+    return "{ " + " ".join(code) + " }", ",".join(types)
+
+
+def _fetch(K: int, M: int) -> str:
+    """PTX: copy to a slot of shared memory, without waiting, what one state of a tile needs.
+
+    Operands: a number that is left alone; the slot; addresses of the states before the tile, what the tokens behind it
+    pass back and the rates of every stream, each lane its own; and where the 16 bytes of every B and of C begin that
+    this lane (of the first ones) copies.
+    """
+    count = 3 * (M + 1)
+    code = [".reg .b32 l, a; .reg .pred p; mov.u32 l, %laneid; mad.lo.u32 a, l, 4, $1;"]
+    code += [f"cp.async.ca.shared.global [a+{128 * i}], [${2 + i}], 4;" for i in range(count)]
+    code += [f"mad.lo.u32 a, l, 16, $1; setp.lt.u32 p, l, {(M + 2) * K // 4};"]
+    code += [f"@p cp.async.cg.shared.global [a+{128 * count}], [${2 + count}], 16; cp.async.commit_group;"]
+    return "{ " + " ".join([*code, "mov.b32 $0, 0;"]) + " }"
+
+
+def _slot_bytes(K: int, M: int) -> int:
+    return 384 * (M + 1) + 4 * K * (M + 2)
+
+
+def _ring(K: int, M: int) -> str:
+    """PTX: shared memory of a program's slots, and its address."""
+    return f".shared .align 16 .b8 scan_slots[{SLOTS * _slot_bytes(K, M)}]; mov.u32 $0, scan_slots;"
+
+
+_STATE_0, _READ_1, _READ_2 = (tl.constexpr(_one_state(8 if m == 0 else 4, m, carried=False)[0]) for m in range(3))
+_CARRIED_1, _CARRIED_2 = (tl.constexpr(_one_state(4, m, carried=True)[0]) for m in (1, 2))
+_TYPES_0, _TYPES_1, _TYPES_2 = (tl.constexpr(_one_state(8 if m == 0 else 4, m, carried=False)[1]) for m in range(3))
+_FETCH_0, _FETCH_1, _FETCH_2 = (tl.constexpr(_fetch(8 if m == 0 else 4, m)) for m in range(3))
+_FETCHED_0, _FETCHED_1, _FETCHED_2 = (tl.constexpr(",".join(["=r", "r", *["l"] * (3 * m + 4)])) for m in range(3))
+_SLOT_0, _SLOT_1, _SLOT_2 = (tl.constexpr(_slot_bytes(8 if m == 0 else 4, m)) for m in range(3))
+_RING_0, _RING_1, _RING_2 = (tl.constexpr(_ring(8 if m == 0 else 4, m)) for m in range(3))
+_ARRIVED = tl.constexpr(f"cp.async.wait_group {SLOTS - 2}; bar.warp.sync -1; mov.b32 $0, 0;")
+
+
+@triton.jit
+def fetch(slot, ahead, stride, table_size, M: tl.constexpr):
+    """Begin to copy to a slot what the state that `ahead` points to needs."""
+    given = (slot,)
+    for i in tl.static_range(M + 1):
+        given = given + ((ahead[0] + i * stride).to(tl.int64), (ahead[1] + i * stride).to(tl.int64))
+        given = given + ((ahead[2] + i * table_size).to(tl.int64),)
+    given = given + (ahead[3].to(tl.int64),)
+    text: tl.constexpr = _FETCH_0 if M == 0 else (_FETCH_1 if M == 1 else _FETCH_2)
+    types: tl.constexpr = _FETCHED_0 if M == 0 else (_FETCHED_1 if M == 1 else _FETCHED_2)
+    tl.inline_asm_elementwise(text, types, given, dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def advanced(ahead, N, D, P, TILE: tl.constexpr):
+    """Pointers (states before the tile, gradients behind it, rates, shared rows; which state) to the next state.
+
+    After a tile's last state comes the next tile's first one.
+    """
+    n = ahead[4] + 1
+    wrapped = n == N
+    rate, line = ahead[2] + tl.where(wrapped, D - N * D, D), ahead[3] + tl.where(wrapped, TILE + P - N * P, P)
+    return ahead[0] + D, ahead[1] + D, rate, line, tl.where(wrapped, 0, n)
+
+
+@triton.jit
+def one_state(given, M: tl.constexpr, CARRIED: tl.constexpr):
+    """The operands and results of `_one_state`, each [K, BLOCK], with up to two sources."""
+    if M == 0:
+        return tl.inline_asm_elementwise(
+            _STATE_0, _TYPES_0, given, dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=8
+        )
+    elif M == 1:  # noqa: RET505 - resolved when compiling
+        return tl.inline_asm_elementwise(
+            _CARRIED_1 if CARRIED else _READ_1, _TYPES_1, given,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False, pack=4,
         )  # fmt: skip
     else:
-        before, after = b, b
-        for k in tl.static_range(TILE):
-            here = (j == k)[:, None, None, None]
-            before = tl.where(here, h[None, :, :, :], before)
-            h = pick(a, here, 0) * h + pick(b, here, 0)
-            after = tl.where(here, h[None, :, :, :], after)
+        return tl.inline_asm_elementwise(
+            _CARRIED_2 if CARRIED else _READ_2, _TYPES_2, given,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32,
+                   tl.float32, tl.float32),
+            is_pure=False, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def replay(a, b, h, j, TILE: tl.constexpr):
+    """One state before and after every token of a tile, [TILE, BLOCK]."""
+    before, after = b, b
+    for k in tl.static_range(TILE):
+        here = (j == k)[:, None]
+        before = tl.where(here, h[None, :], before)
+        h = pick(a, here, 0) * h + pick(b, here, 0)
+        after = tl.where(here, h[None, :], after)
     return before, after
 
 
 @triton.jit
-def walked_back(a, C, grad, s, j, TILE: tl.constexpr, HELD: tl.constexpr):
-    """Gradients dh_t = a_{t+1} dh_{t+1} + C_t grad_t of the states after every token; a dh; the tile's first a dh.
-
-    s: what the tokens behind the tile pass to its last state.
-    """
-    if _TENSOR_CORES and TILE == 8 and HELD == 4:
-        dh, passed = tl.inline_asm_elementwise(
-            _BACK_32, _BACK_TYPES_32, [a, C, grad, s[None, :, :, :]],
-            dtype=(tl.float32, tl.float32), is_pure=True, pack=32,
-        )  # fmt: skip
-        s = pick(passed, (j == 0)[:, None, None, None], 0)
-    elif _TENSOR_CORES and TILE == 4 and HELD == 4:
-        dh, passed = tl.inline_asm_elementwise(
-            _BACK_16, _BACK_TYPES_16, [a, C, grad, s[None, :, :, :]],
-            dtype=(tl.float32, tl.float32), is_pure=True, pack=16,
-        )  # fmt: skip
-        s = pick(passed, (j == 0)[:, None, None, None], 0)
-    else:
-        inflow = C * grad
-        dh = inflow
-        for k in tl.static_range(TILE):
-            here = (j == TILE - 1 - k)[:, None, None, None]
-            own = s + pick(inflow, here, 0)
-            s = pick(a, here, 0) * own
-            dh = tl.where(here, own[None, :, :, :], dh)
-        passed = a * dh
-    return dh, passed, s
+def walk_back(a, inflow, s, j, TILE: tl.constexpr):
+    """Gradients of one state after every token of a tile; s: what the tokens behind the tile pass to the last one."""
+    grads = inflow
+    for k in tl.static_range(TILE):
+        here = (j == TILE - 1 - k)[:, None]
+        own = s + pick(inflow, here, 0)
+        s = pick(a, here, 0) * own
+        grads = tl.where(here, own[None, :], grads)
+    return grads
 
 
 @triton.jit
-def add_channels(out, x, live, N: tl.constexpr, TILE: tl.constexpr, HELD: tl.constexpr, WARPS: tl.constexpr,
-                 BLOCK: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """Sums of x [TILE, HELD, WARPS, BLOCK] over its channels into out[t, n], t < live, n < N."""
-    j, i, w = tl.arange(0, TILE), tl.arange(0, HELD), tl.arange(0, WARPS)
-    if _TENSOR_CORES and not EXACT and (TILE * HELD == 32 or TILE * HELD == 16):
-        lane = tl.arange(0, BLOCK)
-        if TILE * HELD == 32:
-            y = tl.inline_asm_elementwise(_SUMS_32, _TYPES_32, [x], dtype=tl.float32, is_pure=False, pack=32)
-            index = lane // 16 * 16 + lane % 4 * 4 + lane // 4 % 4
+def decay_of(rate, step, raw):
+    """exp(rate step) of one state, [TILE, BLOCK], as exact as `decays`."""
+    if raw.dtype == tl.float32:
+        return exp(rate[None, :] * step)
+    else:  # noqa: RET505 - resolved when compiling
+        return exp2((rate * LOG2_E)[None, :] * step)
+
+
+@triton.jit
+def one_state_plainly(grad, step, taken, gates, h, s, rate, raw, tables, j, TILE: tl.constexpr, M: tl.constexpr,
+                      CARRIED: tl.constexpr):  # fmt: skip
+    """What one state adds to flow and lost of every stream and to the gates' gradients; its sums of A; and what is to
+    be summed over channels. tables: [TILE] of every B and of C."""
+    a, before, after = (), (), ()
+    inflow = tl.zeros_like(grad)
+    for i in tl.static_range(M + 1):
+        a = a + (decay_of(rate[i], step[i], raw[i]),)
+    for i in tl.static_range(1, M + 1):
+        earlier, later = replay(a[i], tables[i][:, None] * taken[i], h[i], j, TILE)
+        before, after = before + (earlier,), after + (later,)
+        inflow += gates[i - 1] * later
+    b = tables[0][:, None] * taken[0]
+    if CARRIED:
+        b += inflow
+    earlier, fused = replay(a[0], b, h[0], j, TILE)
+    if not CARRIED:
+        fused += inflow
+    before = (earlier,) + before
+    outflow = tables[M + 1][:, None] * grad
+    flows, losts, gate_grads, sums, parts = (), (), (), (), ()
+    for i in tl.static_range(M + 1):
+        if i == 0:
+            dh = walk_back(a[0], outflow, s[0], j, TILE)
+            if CARRIED:
+                outflow = dh
         else:
-            y = tl.inline_asm_elementwise(_SUMS_16, _TYPES_16, [x], dtype=tl.float32, is_pure=False, pack=16)
-            index = lane % 4 * 4 + lane // 8
-        y = pick(pick(y, (j == 0)[:, None, None, None], 0), (i == 0)[:, None, None], 0) * _UNCUT
-        t = (index // HELD)[None, :]
-        n = w[:, None] * HELD + (index % HELD)[None, :]
-        tl.store(out + t * N + n, y, mask=(t < live) & (n < N))
-    else:
-        t, n = j[:, None, None], (w[None, :] * HELD + i[:, None])[None, :, :]
-        tl.store(out + t * N + n, tl.sum(x, axis=3), mask=(t < live) & (n < N))
+            gate_grads = gate_grads + (outflow * after[i - 1],)
+            dh = walk_back(a[i], gates[i - 1] * outflow, s[i], j, TILE)
+        lost = a[i] * dh * before[i]
+        flows, losts = flows + (dh * tables[i][:, None],), losts + (lost * rate[i][None, :],)
+        sums, parts = sums + (tl.sum(lost * step[i], axis=0),), parts + (dh * taken[i],)
+    return flows, losts, gate_grads, sums, parts + (fused * grad,)
 
 
 @triton.jit
-def _add_two(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def state_place(channel, n, D):
-    """Offsets [HELD, WARPS, BLOCK] of one token's states in [N, D], a channel to a thread (see `state_offsets`)."""
-    return tl.multiple_of(tl.max_contiguous(n[:, :, None] * D + channel[None, None, :], [1, 2, 4]), [1, 1, 1])
-
-
-@triton.jit
-def fetch_held(tables, strides, batch, group, t, n, mask):
-    """Tokens t of every B and C, [TILE, HELD, WARPS]; zeros where masked."""
+def added(sums, more):
     result = ()
-    for i in tl.static_range(len(tables)):
-        row = tables[i] + batch * strides[i][0] + (group // strides[i][3]) * strides[i][2]
-        place = t.to(tl.int64)[:, None, None] * strides[i][1] + n[None, :, :]
-        result = result + (tl.load(row + place, mask=mask, other=0.0).to(tl.float32),)
+    for i in tl.static_range(len(sums)):
+        result = result + (sums[i] + more[i],)
     return result
 
 
 @triton.jit
-def to_all(x, to_lane, SHARED: tl.constexpr):
-    """[TILE, BLOCK] as [TILE, 1, 1, BLOCK], for every warp.
-
-    SHARED: a gather of each channel from its own place, which the compiler does not move: a mere broadcast would have
-    every warp compute x itself.
-    """
-    if SHARED:
-        x = tl.gather(x, to_lane, 1)
-    return x[:, None, None, :]
+def place_of(row, stride, channel):
+    """Offsets [TILE, BLOCK] of rows whose channels neighbouring threads shall take, one each (see `state_offsets`)."""
+    return tl.multiple_of(tl.max_contiguous(row[:, None] * stride + channel[None, :], [1, 2]), [1, 1])
 
 
 @triton.jit
-def gated(grad, z, y, to, mask):
-    """The gradient of y from that of y silu(z); that of z is stored."""
-    open_ = sigmoid(z)
-    tl.store(to, (grad * y * open_ * (1.0 + z * (1.0 - open_))).to(to.dtype.element_ty), mask=mask)
-    return grad * z * open_
+def rows_of(tokens, strides, batch, start, row, channel, COUNT: tl.constexpr):
+    """Tokens start + row of the first COUNT tensors, [TILE, BLOCK], still in their own types."""
+    result = ()
+    for i in tl.static_range(COUNT):
+        base = tokens[i] + (batch * strides[i][0] + start.to(tl.int64) * strides[i][1])
+        result = result + (tl.load(base + place_of(row, strides[i][1], channel)),)
+    return result
 
 
 @triton.jit
-def store_ends(grads, dA, dbias, stream, home, s, A_sums, bias_sums, offsets, channel, mask, exists, D, N):
-    """What a walk of one stream ends with; home: which of all (segment, batch) it was."""
-    tl.store(grads + piece_offset(stream, tl.program_id(2), tl.num_programs(2), D, N) + offsets, s, mask=mask)
-    row = stream * tl.num_programs(1) * tl.num_programs(2) + home
-    tl.store(dA + row * D * N + offsets, A_sums, mask=mask)
-    tl.store(dbias + row * D + channel, tl.sum(bias_sums, axis=0), mask=exists)
+def to_gradients(raw, bias, u, step, flow, lost, inside, SOFTPLUS: tl.constexpr):
+    """Gradients of dt and of u from the sums over states, [TILE, BLOCK]."""
+    ddt = flow * u + lost
+    if SOFTPLUS:
+        ddt *= sigmoid(raw + bias[None, :])
+    return tl.where(inside, ddt, 0.0), flow * step
 
 
-@triton.jit(do_not_specialize=["T", "segment", "groups"])
+@triton.jit(do_not_specialize=["T", "span", "groups"])
 def gradients(
-    tokens, strides,  # [B, T, D] each: u of every stream, dt of every stream, the gates, the gradient, z and raw if any
-    tables, table_strides,  # [B, T, G, N] each: B of every stream, C
+    tokens, strides,  # [B, T, D] each: u of every stream, dt of every stream, the gates, the output's gradient, z
+    tables,  # [m + 2, B, G, N, P] float32: every B, and C
     A, bias, skip,  # [m + 1, N, D], [m + 1, D] and [D], float32
-    kept,  # [m + 1, B, tiles, N, D]: the states before every tile
-    grads,  # [m + 1, B, segments, N, D]: the states' gradients at the end of every segment; becomes: at its start
-    du, ddt, dgate, dz,  # [m + 1, B, T, D], the same, [m, B, T, D] and [B, T, D]
-    sums,  # [m + 2, blocks, B, G, T, N] float32: the gradients of every B, and of C, of one block of channels
-    dA, dchannel,  # [m + 1, B segments, N, D]; [m + 2, B segments, D]: skip, and the bias of every stream
-    T, D, N: tl.constexpr, per_group, groups, segment,
+    kept, ends,  # [m + 1, B, tiles, N, D]: states before every tile, their gradients after it
+    du, ddt, dgate,  # [m + 1, B, T, D], the same, [m, B, T, D]
+    sums,  # [m + 2, blocks, B, G, N, P] float32: sums over one block of channels
+    dA,  # [m + 1, spans, B, N, D] float32, zeros: sums over the tokens of one span of tiles
+    dchannel,  # [m + 2, spans, B, D] float32: skip, and the bias of every stream
+    T, D, N, P, per_group, groups, span,
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr, M: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, HELD: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
-    SHARED: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Walk one segment back for BLOCK channels of one batch element; grid (channel blocks, B, segments)."""
+    """All gradients of `span` tiles, for BLOCK channels of one batch element; grid (channel blocks, B, spans)."""
     channel, exists, group = own_channels(per_group, BLOCK)
-    n, j = tl.arange(0, WARPS)[None, :] * HELD + tl.arange(0, HELD)[:, None], tl.arange(0, TILE)
-    offsets = state_place(channel, n, D)
-    mask = exists[None, None, :] & (n < N)[:, :, None]
-    to_lane = tl.zeros([TILE, BLOCK], tl.int32) + tl.arange(0, BLOCK)[None, :]
-    batch, batches = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    piece, segments = tl.program_id(2), tl.num_programs(2)
-    begin = piece * segment
-    end = tl.minimum(begin + segment, T)
-    tiles = tl.cdiv(T, TILE)
-    home = piece * batches + batch
+    nearest = tl.minimum(channel, group * per_group + per_group - 1)  # is read where no channel exists
+    batch, batches = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
+    tiles, first, j = tl.cdiv(T, TILE), tl.program_id(2) * span, tl.arange(0, TILE)
+    home = tl.program_id(2) * batches + batch
     blocks = tl.num_programs(0) // groups
-    part = ((tl.program_id(0) % blocks) * batches + batch) * groups + group
-    parts = blocks * batches * groups
-    EXACT: tl.constexpr = tokens[0].dtype.element_ty == tl.float32
-    s, rate, biases, dbias, A_sums = (), (), (), (), ()
+    table = batches * groups * N * P.to(tl.int64)  # from one table to the next
+    shelf = (batch * groups + group) * N * P
+    FAST: tl.constexpr = (
+        ASSEMBLY and M <= 2 and (8 if M == 0 else 4) == TILE and BLOCK == 32
+        and tokens[0].dtype.element_ty != tl.float32 and tokens[M + 1].dtype.element_ty != tl.float32
+    )  # fmt: skip
+    number = summed(tl.arange(0, BLOCK))
+    part = (number // TILE * blocks + tl.program_id(0) % blocks) * table + shelf + number % TILE
+    ones = ((tl.arange(0, BLOCK)[None, :] // 4 == j[:, None]).to(tl.float32),)
+    if TILE == 4:
+        ones = ones + ((tl.arange(0, BLOCK)[None, :] // 4 == j[:, None] + 4).to(tl.float32),)
+    biases, dbias = (), ()
     for i in tl.static_range(M + 1):
-        s = s + (load_states(grads + piece_offset(i, piece, segments, D, N), offsets, mask),)
-        rate = rate + (load_states(A + i * D * N, offsets, mask),)
-        biases = biases + (tl.load(bias + i * D + channel, mask=exists, other=0.0),)
-        dbias = dbias + (tl.zeros([TILE, BLOCK], tl.float32),)
-        A_sums = A_sums + (tl.zeros([HELD, WARPS, BLOCK], tl.float32),)
-    dskip = tl.zeros([TILE, BLOCK], tl.float32)
-    skips = biases[0]
-    if HAS_SKIP:
-        skips = tl.load(skip + channel, mask=exists, other=0.0)
-    count = tl.cdiv(end - begin, TILE)
-    for walked in tl.range(0, count, num_stages=STAGES):
-        tile = begin // TILE + count - 1 - walked
+        biases = biases + (tl.load(bias + i * D + nearest),)
+        dbias = dbias + (tl.zeros([BLOCK], tl.float32),)
+    dskip = tl.zeros([BLOCK], tl.float32)
+    stride = batches * tiles * N * D
+    home_place = (batch * tiles + first) * N * D + nearest
+    if FAST:
+        lane = tl.arange(0, BLOCK) * 4
+        own_tables = tables + (tl.minimum(lane // TILE, M + 1) * table + shelf + lane % TILE + first * TILE)
+        ring = tl.inline_asm_elementwise(
+            _RING_0 if M == 0 else (_RING_1 if M == 1 else _RING_2),
+            "=r,r",
+            [span],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        SLOT: tl.constexpr = _SLOT_0 if M == 0 else (_SLOT_1 if M == 1 else _SLOT_2)
+        read, write = ring, ring + (SLOTS - 1) * SLOT
+        ahead = (kept + home_place, ends + home_place, A + nearest, own_tables, 0)
+        for i in tl.static_range(SLOTS - 1):
+            fetch(ring + i * SLOT, ahead, stride, N * D, M)
+            ahead = advanced(ahead, N, D, P, TILE)
+    for tile in range(first, tl.minimum(first + span, tiles)):
         t = tile * TILE + j
-        live = (t < end)[:, None]
-        inside = live & exists[None, :]
-        rows = fetch(tokens, strides, batch, t, channel, inside)
-        shared = fetch_held(tables, table_strides, batch, group, t, n, (t < end)[:, None, None] & (n < N)[None, :, :])
-        h = ()
-        for i in tl.static_range(M + 1):
-            h = h + (load_states(kept + piece_offset(i, tile, tiles, D, N), offsets, mask),)
-        place = (batch * T + t.to(tl.int64))[:, None] * D + channel[None, :]
+        inside = (t < T)[:, None] & exists[None, :]
+        start, row = first * TILE, tl.minimum(t, T - 1) - first * TILE
+        rows = rows_of(tokens, strides, batch, start, row, nearest, 3 * M + 3 + HAS_Z)
         grad = rows[3 * M + 2].to(tl.float32)
         if HAS_Z:
-            grad = gated(grad, rows[3 * M + 3].to(tl.float32), rows[3 * M + 4].to(tl.float32), dz + place, inside)
-        step, steps, taken, gates, a, before, after = (), (), (), (), (), (), ()
-        grad_of_y = to_all(grad, to_lane, SHARED)
+            z = rows[3 * M + 3].to(tl.float32)
+            grad *= z * sigmoid(z)
+        grad = tl.where(inside, grad, 0.0)
+        step, taken, gates, flow, lost, gate_grads = (), (), (), (), (), ()
         for i in tl.static_range(M + 1):
-            x = rows[M + 1 + i].to(tl.float32) + biases[i][None, :]
-            step = step + (tl.where(live, activate(x, SOFTPLUS), 0.0),)
-            steps = steps + (to_all(step[i], to_lane, SHARED),)
-            taken = taken + (to_all(step[i] * rows[i].to(tl.float32), to_lane, SHARED),)
-            if EXACT:
-                a = a + (exp(rate[i][None, :, :, :] * steps[i]),)
-            else:
-                a = a + (exp2((rate[i] * LOG2_E)[None, :, :, :] * steps[i]),)
+            x = activate(rows[M + 1 + i].to(tl.float32) + biases[i][None, :], SOFTPLUS)
+            step = step + (tl.where(inside, x, 0.0),)
+            taken = taken + (step[i] * rows[i].to(tl.float32),)
+            flow, lost = flow + (tl.zeros_like(grad),), lost + (tl.zeros_like(grad),)
         for i in tl.static_range(M):
-            gates = gates + (rows[2 * M + 2 + i].to(tl.float32)[:, None, None, :],)
-        inflow = tl.zeros([TILE, HELD, WARPS, BLOCK], tl.float32)
-        for i in tl.static_range(1, M + 1):
-            earlier, later = replayed(a[i], shared[i][:, :, :, None] * taken[i], h[i], j, TILE, HELD)
-            before, after = before + (earlier,), after + (later,)
-            inflow += gates[i - 1] * later
-        b = shared[0][:, :, :, None] * taken[0]
-        if CARRIED:
-            b += inflow
-        earlier, fused = replayed(a[0], b, h[0], j, TILE, HELD)
-        if M > 0 and not CARRIED:
-            fused += inflow
-        before = (earlier,) + before
-        table = (part + (M + 1) * parts) * T + tile * TILE
-        add_channels(sums + table * N, fused * grad_of_y, end - tile * TILE, N, TILE, HELD, WARPS, BLOCK, EXACT)
-        C = shared[M + 1][:, :, :, None]
-        source_flow = C * grad_of_y
-        starts, A_new, dbias_new = (), (), ()
-        for i in tl.static_range(M + 1):
-            stream = i * batches.to(tl.int64) * T * D
-            if i > 0:
-                gate_grad = tl.sum(tl.sum(source_flow * after[i - 1], axis=1), axis=1)
-                gate_place = dgate + ((i - 1) * batches.to(tl.int64) * T * D + place)
-                tl.store(gate_place, gate_grad.to(dgate.dtype.element_ty), mask=inside)
-                dh, fade, start = walked_back(a[i], source_flow, gates[i - 1], s[i], j, TILE, HELD)
+            gates = gates + (tl.where(inside, rows[2 * M + 2 + i].to(tl.float32), 0.0),)
+            gate_grads = gate_grads + (tl.zeros_like(grad),)
+        sums_here, dA_here = sums + part + tile * TILE, dA + home * N * D + channel
+        for n in range(N):
+            if FAST:
+                tl.inline_asm_elementwise(_ARRIVED, "=r,r", [read], dtype=tl.int32, is_pure=False, pack=1)
+                fetch(write, ahead, stride, N * D, M)
+                ahead = advanced(ahead, N, D, P, TILE)
+                given = ones + (grad,) + step + taken + gates + flow + lost + gate_grads
+                given = given + (read,)
+                write = read
+                read = tl.where(read == ring + (SLOTS - 1) * SLOT, ring, read + SLOT)
+                found = one_state(given, M, CARRIED)
+                flow, lost = found[: M + 1], found[M + 1 : 2 * M + 2]
+                gate_grads = found[2 * M + 2 : 3 * M + 2]
+                new_sums = ()
+                for i in tl.static_range(M + 1):
+                    new_sums = new_sums + (pick(found[3 * M + 2], (j == i)[:, None], 0),)
+                total = pick(found[3 * M + 3], (j == 0)[:, None], 0) * _UNCUT
+                tl.store(sums_here, total, mask=number < (M + 2) * TILE)
+                sums_here += P
             else:
-                dh, fade, start = walked_back(a[i], C, grad_of_y, s[i], j, TILE, HELD)
-                if CARRIED:
-                    source_flow = dh
-            table = (part + i * parts) * T + tile * TILE
-            add_channels(sums + table * N, dh * taken[i], end - tile * TILE, N, TILE, HELD, WARPS, BLOCK, EXACT)
-            faded = fade * before[i]
-            flow, lost = tl.sum(dh * shared[i][:, :, :, None], axis=1), tl.sum(faded * rate[i][None, :, :, :], axis=1)
-            flow, lost = tl.reduce((flow, lost), 1, _add_two)
-            starts = starts + (start,)
-            A_new = A_new + (A_sums[i] + tl.sum(faded * steps[i], axis=0),)
-            value = rows[i].to(tl.float32)
-            x = rows[M + 1 + i].to(tl.float32) + biases[i][None, :]
-            x_grad = tl.where(live, (flow * value + lost) * slope(x, SOFTPLUS), 0.0)
-            value_grad = flow * step[i]
-            if HAS_SKIP and i == 0:
-                value_grad += skips[None, :] * grad
-                dskip += grad * value
-            tl.store(du + stream + place, value_grad.to(du.dtype.element_ty), mask=inside)
-            tl.store(ddt + stream + place, x_grad.to(ddt.dtype.element_ty), mask=inside)
-            dbias_new = dbias_new + (dbias[i] + x_grad,)
-        s, A_sums, dbias = starts, A_new, dbias_new
-    if HAS_SKIP:
-        tl.store(dchannel + home * D + channel, tl.sum(dskip, axis=0), mask=exists)
-    rows_of_biases = dchannel + batches * segments * D
+                h, s, rate, lines = (), (), (), ()
+                for i in tl.static_range(M + 1):
+                    place = i * stride + ((tile - first) * N + n) * D
+                    h = h + (tl.load(kept + home_place + place),)
+                    s = s + (tl.load(ends + home_place + place),)
+                    rate = rate + (tl.load(A + (i * N * D + n * D) + nearest),)
+                for i in tl.static_range(M + 2):
+                    lines = lines + (tl.load(tables + (i * table + shelf + n * P + tile * TILE) + j),)
+                flows, losts, more, new_sums, parts = one_state_plainly(
+                    grad, step, taken, gates, h, s, rate, rows[M + 1 : 2 * M + 2], lines, j, TILE, M, CARRIED
+                )
+                flow, lost, gate_grads = added(flow, flows), added(lost, losts), added(gate_grads, more)
+                for i in tl.static_range(M + 2):
+                    place = (i * blocks + tl.program_id(0) % blocks) * table + shelf + n * P
+                    tl.store(sums + place + t, tl.sum(parts[i], axis=1))
+            for i in tl.static_range(M + 1):
+                place = dA_here + i * batches * tl.num_programs(2) * N * D
+                if WHOLE:
+                    tl.atomic_add(place, new_sums[i], sem="relaxed")
+                else:
+                    tl.atomic_add(place, new_sums[i], mask=exists, sem="relaxed")
+            dA_here += D
+        place = place_of(t - start, D, channel)
+        rows = rows_of(tokens, strides, batch, start, row, nearest, 2 * M + 2)
+        biases_new = ()
+        for i in tl.static_range(M + 1):
+            at = ((i * batches + batch) * T + start) * D
+            if FAST:
+                scaled = lost[i] * _LN_2
+            else:
+                scaled = lost[i]
+            u = rows[i].to(tl.float32)
+            x_grad, u_grad = to_gradients(
+                rows[M + 1 + i].to(tl.float32), biases[i], u, step[i], flow[i], scaled, inside, SOFTPLUS
+            )
+            if i == 0:
+                dskip += tl.sum(grad * u, axis=0)
+                if HAS_SKIP:
+                    u_grad += tl.load(skip + nearest)[None, :] * grad
+            biases_new = biases_new + (dbias[i] + tl.sum(x_grad, axis=0),)
+            tl.store(du + at + place, u_grad.to(du.dtype.element_ty), mask=inside)
+            tl.store(ddt + at + place, x_grad.to(ddt.dtype.element_ty), mask=inside)
+            if i > 0:
+                at = (((i - 1) * batches + batch) * T + start) * D
+                tl.store(dgate + at + place, gate_grads[i - 1].to(dgate.dtype.element_ty), mask=inside)
+        dbias = biases_new
+    row = tl.num_programs(2) * batches.to(tl.int64)
+    tl.store(dchannel + home * D + channel, dskip, mask=exists)
     for i in tl.static_range(M + 1):
-        store_ends(grads, dA, rows_of_biases, i, home, s[i], A_sums[i], dbias[i], offsets, channel, mask, exists, D, N)
+        tl.store(dchannel + (home + (i + 1) * row) * D + channel, dbias[i], mask=exists)
