@@ -35,10 +35,10 @@ QUOTED = {SHAPES[0]: (0.589, 2.89), SHAPES[1]: (1.16, 5.69), SHAPES[2]: (1.45, 7
 KERNELS = ("forward", "adjoint", "join", "gradients")
 # Shape, sources, site: changes to the rule. The first is the rule itself, whose gradients the others must give.
 SWEEP = {
-    (SHAPES[0], 0, "readout"): [{}, {"limit": 128}, {"span": 4}, {"span": 16}, {"limit": 128, "span": 16}],
-    (SHAPES[2], 0, "readout"): [{}, {"limit": 128}, {"segment": 1984}, {"limit": 128, "span": 32}],
+    (SHAPES[0], 0, "readout"): [{}, {"span": 4}, {"span": 7}, {"span": 9}, {"limit": 168}],
+    (SHAPES[2], 0, "readout"): [{}, {"span": 16}, {"segment": 1984}],
     (SHAPES[0], 1, "readout"): [{}, {"limit": None}],
-    (SHAPES[0], 2, "carried"): [{}, {"limit": None}, {"limit": 200}],
+    (SHAPES[0], 2, "carried"): [{}, {"limit": 168}],
 }  # fmt: skip
 
 

@@ -81,6 +81,8 @@ class Sm90Case(NamedTuple):
     num_warps: int
     num_stages: int
     needs_wgmma: bool = False
+    limit: int | None = None
+    """Registers of a thread, at most."""
 
 
 class Launch(NamedTuple):

@@ -73,7 +73,7 @@ def compile_case(case: Any) -> Any:
     attributes: dict[tuple[int, ...], Any] = {}
     signature = {name: split_type(given[name], (i,), attributes) for i, name in enumerate(names)}
     source = ASTSource(case.kernel, signature, dict(case.constexprs), attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.limit}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 

@@ -99,7 +99,7 @@ def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units:
 
     A program is one warp. A thread that walks holds up to 16 states of a stream; the chip wants two walking warps per
     processor or more, so shorter work is cut in segments, which costs every decay once more. Programs that give the
-    gradients are many: about 120 per processor; each span of tiles has sums of A of its own.
+    gradients are many: about 240 per processor; each span of tiles has sums of A of its own.
     """
     batch, tokens, channels = shape
     padded = max(4, triton.next_power_of_2(states))
@@ -112,7 +112,7 @@ def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units:
     segment = max(1, math.ceil(tokens / segments / _KEPT)) * _KEPT
     tiles = math.ceil(tokens / tile)
     programs = batch * groups * math.ceil(per_group / _WARP)
-    spans = max(1, min(tiles, max(64, 512 // batch), math.ceil(120 * units / programs)))
+    spans = max(1, min(tiles, max(64, 512 // batch), math.ceil(240 * units / programs)))
     return Plan(
         batch, tokens, channels, states, padded, groups, sources, **options,
         block=block, tile=tile, stages=3, segment=segment, span=math.ceil(tiles / spans),
@@ -337,38 +337,61 @@ def _regroup(total: Tensor, like: Tensor | None) -> Tensor:
     return total.to(like.dtype)
 
 
-def _gather(plan: Plan, tensors: tuple[Tensor | None, ...], run: Callable[..., None] = _run) -> tuple[_Inputs, Tensor]:
-    """The kernels' inputs and the initial states [m + 1, B, N, D], from the flat arguments."""
-    u, dt, A, B, C, D, z, bias, initial = tensors[:9]
+def _gather(
+    plan: Plan, tensors: tuple[Tensor | None, ...], run: Callable[..., None] = _run, made: tuple[Tensor, ...] = ()
+) -> _Inputs:
+    """The kernels' inputs from the flat arguments; made: what `_made` says of a call before."""
+    u, dt, A, B, C, D, z, bias = tensors[:8]
     sources = [tensors[9 + 7 * i : 16 + 7 * i] for i in range(plan.sources)]
-
-    def stack(own: Tensor | None, others: list[Tensor | None], shape: tuple[int, ...]) -> Tensor:
-        if all(tensor is None for tensor in (own, *others)):
-            return torch.zeros((plan.sources + 1, *shape[:-2], *shape[-2:][::-1]), device=u.device)
-        filled = [torch.zeros(shape, device=u.device) if t is None else t.float() for t in (own, *others)]
-        return torch.stack([t.mT if t.dim() > 1 else t for t in filled])
-
-    state = (plan.channels, plan.states)
-    inputs = _Inputs(
+    if not made:
+        state = (plan.channels, plan.states)
+        made = (
+            _stack(plan, [A, *(s[2] for s in sources)], state, u.device),
+            _stack(plan, [bias, *(s[4] for s in sources)], state[:1], u.device),
+            *(_shared(t) for t in (B, *(s[3] for s in sources), C)),
+        )
+    return _Inputs(
         run=run,
         u=tuple(_rows(t) for t in (u, *(s[0] for s in sources))),
         dt=tuple(_rows(t) for t in (dt, *(s[1] for s in sources))),
         gates=tuple(_rows(s[5]) for s in sources),
         z=None if z is None else _rows(z),
-        A=stack(A, [s[2] for s in sources], state),
-        bias=stack(bias, [s[4] for s in sources], state[:1]),
+        A=made[0],
+        bias=made[1],
         skip=u if D is None else D.float().contiguous(),
-        shared=tuple(_shared(t) for t in (B, *(s[3] for s in sources), C)),
+        shared=made[2:],
     )
-    return inputs, stack(initial, [s[6] for s in sources], (plan.batch, *state))
+
+
+def _initial(plan: Plan, tensors: tuple[Tensor | None, ...]) -> Tensor:
+    given = [tensors[8], *(tensors[15 + 7 * i] for i in range(plan.sources))]
+    return _first_states(plan, given, tensors[0].device)
+
+
+def _made(inputs: _Inputs) -> tuple[Tensor, ...]:
+    """What forward and backward both need and only one of them makes."""
+    return inputs.A, inputs.bias, *inputs.shared
+
+
+def _stack(plan: Plan, given: list[Tensor | None], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Tensors [..., D, N] or [D] of every stream as one [m + 1, ..., N, D] or [m + 1, D]; zeros for None."""
+    if all(tensor is None for tensor in given):
+        return torch.zeros((plan.sources + 1, *shape[:-2], *shape[-2:][::-1]), device=device)
+    filled = [torch.zeros(shape, device=device) if t is None else t.float() for t in given]
+    return torch.stack([t.mT if t.dim() > 1 else t for t in filled])
+
+
+def _first_states(plan: Plan, given: list[Tensor | None], device: torch.device) -> Tensor:
+    """States [B, D, N] of every stream, or their gradients, as the kernels have them: [m + 1, B, N, D]."""
+    return _stack(plan, given, (plan.batch, plan.channels, plan.states), device)
 
 
 def _run_backward(
     plan: Plan, inputs: _Inputs, tensors: tuple[Tensor | None, ...], saved: dict[str, Tensor],
-    grad: Tensor, finals: tuple[Tensor, ...],
+    grad: Tensor, finals: tuple[Tensor | None, ...],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the flat arguments, from those of the output and the final states."""
-    final = torch.stack(finals).float().mT.contiguous()
+    final = _first_states(plan, list(finals), grad.device)
     dz, ends, initial, kept = _walked_both_ways(plan, inputs, grad, final, saved)
     du, ddt, dA, dB, dbias, dgate, (dC,), (dD,) = _gradients(plan, inputs, tensors, grad, kept, ends)
     found = [du[0], ddt[0], dA[0], dB[0], dC, dD, dz, dbias[0], initial[0].mT]
@@ -387,10 +410,10 @@ def _launches(plan: Plan, tensors: tuple[Tensor | None, ...], *, training: bool)
     flat = tuple(
         None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors
     )
-    inputs, first = _gather(plan, flat, note)
-    out, last, saved = _run_forward(plan, inputs, first, keep=training)
+    inputs = _gather(plan, flat, note)
+    out, _last, saved = _run_forward(plan, inputs, _initial(plan, flat), keep=training)
     if training:
-        _run_backward(plan, inputs, flat, saved, out, tuple(last.mT))
+        _run_backward(plan, inputs, flat, saved, out, (None,) * (plan.sources + 1))
     return found
 
 
@@ -402,19 +425,23 @@ class _SelectiveScan(torch.autograd.Function):
         training = any(ctx.needs_input_grad)
         key = (_OPERATION, plan, training, *(t if t is None else t.dtype for t in tensors))
         compile_once(key, lambda: _launches(plan, tensors, training=training))
-        inputs, first = _gather(plan, tensors)
-        out, last, saved = _run_forward(plan, inputs, first, keep=training)
-        ctx.plan, ctx.names = plan, tuple(saved)
-        ctx.save_for_backward(*tensors, *saved.values())
+        inputs = _gather(plan, tensors)
+        out, last, saved = _run_forward(plan, inputs, _initial(plan, tensors), keep=training)
+        ctx.plan, ctx.names, made = plan, tuple(saved), _made(inputs)
+        ctx.counts = len(tensors), len(made)
+        ctx.save_for_backward(*tensors, *made, *saved.values())
+        ctx.set_materialize_grads(False)
         return out, *last.mT.contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *finals: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors[: len(ctx.saved_tensors) - len(ctx.names)]
-        saved = dict(zip(ctx.names, ctx.saved_tensors[len(tensors) :], strict=True))
-        inputs, _ = _gather(ctx.plan, tensors)
-        found = _run_backward(ctx.plan, inputs, tensors, saved, _rows(grad), finals)
+    def backward(ctx: Any, grad: Tensor | None, *finals: Tensor | None) -> tuple[Tensor | None, ...]:
+        given, made = ctx.counts
+        tensors, kept = ctx.saved_tensors[:given], ctx.saved_tensors[given:]
+        saved = dict(zip(ctx.names, kept[made:], strict=True))
+        inputs = _gather(ctx.plan, tensors, made=kept[:made])
+        grad = torch.zeros_like(tensors[0]) if grad is None else _rows(grad)
+        found = _run_backward(ctx.plan, inputs, tensors, saved, grad, finals)
         needed = zip(found, tensors, ctx.needs_input_grad[1:], strict=True)
         return None, *(None if t is None or not wanted else g.to(t.dtype) for g, t, wanted in needed)
 
@@ -461,14 +488,14 @@ def _signature(argument: Any) -> Any:
 def _sm90_case(name: str, launch: Launch) -> Sm90Case:
     options = dict(launch.options)
     warps = options.pop("num_warps")
-    options.pop("maxnreg", None)
+    limit = options.pop("maxnreg", None)
     arguments = zip(launch.kernel.arg_names, launch.arguments, strict=False)
     plain = {param.name for param in launch.kernel.params if param.do_not_specialize}
     fixed = {param.name for param in launch.kernel.params if param.is_constexpr}
     given = dict(arguments)
     options |= {name: value for name, value in given.items() if name in fixed}
     signature = {n: "i32" if n in plain else _signature(value) for n, value in given.items() if n not in fixed}
-    return Sm90Case(f"{name}-{launch.kernel.__name__}", launch.kernel, signature, options, warps, 3)
+    return Sm90Case(f"{name}-{launch.kernel.__name__}", launch.kernel, signature, options, warps, 3, limit=limit)
 
 
 def _example(tokens: int, states: int, m: int, site: str, dtype: torch.dtype) -> tuple[Plan, tuple[Tensor | None, ...]]:
