@@ -1,11 +1,8 @@
-"""Backward kernels of the selective scan: the states' gradients walk back in time, then every tile is on its own.
+"""The walk back of the selective scan: gradients of the states, handed on from the last token to the first.
 
-Two steps. `adjoint` walks the tokens backwards with the gradients of the states in registers, as the forward does with
-the states, and keeps them at the end of every tile of TILE tokens (the states at the start of every tile come from a
-forward walk). `own_gradients` and `source_gradients` then take each tile alone: they replay its states into registers,
-walk back and give all gradients. Since tiles no longer wait for each other, a program can stay at a tile and pass over
-many channels: the gradients of B and C, sums over channels, grow in registers and leave them once; those of A, sums
-over tokens, grow in a buffer that only this program touches. No atomics: the result does not depend on scheduling.
+`adjoint` walks the tokens backwards with the gradients of the states in registers, as the forward does with the states,
+and keeps them at the end of every tile of TILE tokens (the states at the start of every tile come from a forward walk).
+`gradients` (triton_gradients.py) then takes each tile alone.
 
 Letters as in the forward; states of a tile are [TILE, NP, BLOCK].
 """
