@@ -69,6 +69,19 @@ def train(
     stored = recorder.result()
     if stored is not None and stored.status == "complete":
         return stored
+    return _train(spec, plugins, place, recorder, registry, on_evaluation, should_stop)
+
+
+def _train(
+    spec: RunSpec,
+    plugins: dict[str, str],
+    place: Place,
+    recorder: Recorder,
+    registry: registries.Registry,
+    on_evaluation: OnEvaluation | None,
+    should_stop: Callable[[], bool] | None,
+) -> Result:
+    """Train, and record how it ended."""
     generators = [place.device] if place.device.type == "cuda" else []
     run: Run | None = None
     try:
