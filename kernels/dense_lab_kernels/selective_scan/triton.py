@@ -99,7 +99,7 @@ def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units:
 
     A program is one warp. A thread that walks holds up to 16 states of a stream; the chip wants two walking warps per
     processor or more, so shorter work is cut in segments, which costs every decay once more. Programs that give the
-    gradients are many: about 240 per processor; each span of tiles has sums of A of its own.
+    gradients are many: about 160 per processor; each span of tiles has sums of A of its own.
     """
     batch, tokens, channels = shape
     padded = max(4, triton.next_power_of_2(states))
@@ -112,7 +112,7 @@ def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units:
     segment = max(1, math.ceil(tokens / segments / _KEPT)) * _KEPT
     tiles = math.ceil(tokens / tile)
     programs = batch * groups * math.ceil(per_group / _WARP)
-    spans = max(1, min(tiles, max(64, 512 // batch), math.ceil(240 * units / programs)))
+    spans = max(1, min(tiles, max(64, 512 // batch), math.ceil(160 * units / programs)))
     return Plan(
         batch, tokens, channels, states, padded, groups, sources, **options,
         block=block, tile=tile, stages=3, segment=segment, span=math.ceil(tiles / spans),
@@ -249,9 +249,11 @@ def _adjoint(
 
 
 def _room(shape: tuple[int, ...], spare: int, device: torch.device) -> Tensor:
-    """An empty tensor with `spare` elements behind it that may be read: `gradients` fetches ahead of its last tile."""
+    """An empty tensor with `spare` zeros behind it that may be read: `gradients` fetches ahead of its last tile."""
     size = math.prod(shape)
-    return torch.empty(size + spare, device=device)[:size].view(shape)
+    room = torch.empty(size + spare, device=device)
+    room[size:] = 0
+    return room[:size].view(shape)
 
 
 def _restore(plan: Plan, inputs: _Inputs, kept: Tensor, restored: Tensor) -> None:
