@@ -19,15 +19,14 @@ from torch.utils import _pytree as pytree
 
 from dense_lab import registry as registries
 from dense_lab.block import Block, connect
-from dense_lab.components import Component, Spec
+from dense_lab.components import Component
 from dense_lab.dense import DenseSpec
 from dense_lab.errors import InputError
 from dense_lab.model import BlockSpec, ModelSpec
+from dense_lab.sharing import KEPT, Key, Shared, key_of, remembered, shared
 
 PARTS = ("embedding", "core", "dense", "ffn", "norm", "head")
 """Of a model's parameters; a tied head has none of its own."""
-_KEPT = 4096
-"""Parts of models that are remembered."""
 
 
 class Counts(NamedTuple):
@@ -72,7 +71,7 @@ def state_bytes(spec: ModelSpec) -> int:
     """See `Counts`; raises InputError when the model cannot be built."""
     if any(_reads_states(layer.dense or spec.dense, layer.core, spec.width) for layer in spec.layers()):
         return _state_of_model(spec.model_dump_json())
-    return sum(_state_of_core(_key(layer.core), spec.width) for layer in spec.layers())
+    return sum(_state_of_core(key_of(layer.core), spec.width) for layer in spec.layers())
 
 
 def _reads_states(dense: DenseSpec, core: Component, width: int) -> bool:
@@ -80,7 +79,7 @@ def _reads_states(dense: DenseSpec, core: Component, width: int) -> bool:
     if dense.span == 0 or dense.sites == "all":
         return False
     with _weightless():
-        streams = _shared(core).build(width).streams
+        streams = shared(core).build(width).streams
     return not set(dense.sites) <= {stream.name for stream in streams}
 
 
@@ -132,12 +131,12 @@ def _built(spec: ModelSpec) -> tuple[_Mixers, list[tuple[Block, int]]]:
     """The model's mixers, and its blocks without dense connections with the number of each, on the meta device; equal
     parts are one module."""
     kinds = spec.blocks or (BlockSpec.model_construct(core=spec.core, repeat=spec.depth),)
-    parts = [(_shared(b.core), _shared(b.ffn or spec.ffn), _shared(b.dense or spec.dense), b.repeat) for b in kinds]
+    parts = [(shared(b.core), shared(b.ffn or spec.ffn), shared(b.dense or spec.dense), b.repeat) for b in kinds]
     blocks = [(_block(core, ffn, spec), repeat) for core, ffn, _, repeat in parts]
     # A feed-forward layer changes nothing about the mixers.
     key = (spec.width, *((core.key, dense.key, repeat) for core, _, dense, repeat in parts))
     dense = [connection for *_, connection, repeat in parts for _ in range(repeat)]
-    mixers: _Mixers = _remembered(key, lambda: _counted(_connected(_repeated(blocks), dense, spec)))
+    mixers: _Mixers = remembered(key, lambda: _counted(_connected(_repeated(blocks), dense, spec)))
     return mixers, blocks
 
 
@@ -188,74 +187,13 @@ class _Layer:
         self.dense: dict[str, nn.Module] = {}
 
 
-def _block(core: _Shared, ffn: _Shared, spec: ModelSpec) -> Block:
+def _block(core: Shared, ffn: Shared, spec: ModelSpec) -> Block:
     def build() -> Block:
         with _weightless():
             return Block(BlockSpec.model_construct(core=core, ffn=ffn), spec)  # type: ignore[arg-type]
 
-    block: Block = _remembered((core.key, ffn.key, spec.width), build)
+    block: Block = remembered((core.key, ffn.key, spec.width), build)
     return block
-
-
-class _Key(NamedTuple):
-    """A component as a key: specs may hold what cannot be hashed."""
-
-    kind: type[Spec]
-    text: str
-
-    def component(self) -> Any:
-        return self.kind.model_validate_json(self.text)
-
-
-def _key(component: Spec) -> _Key:
-    return _Key(type(component), component.model_dump_json())
-
-
-class _Shared:
-    """A component whose `build` gives the module it gave before for the same arguments."""
-
-    def __init__(self, component: Any, key: _Key) -> None:
-        self._component, self.key = component, key
-
-    def build(self, *args: Any) -> Any:
-        """What the component builds."""
-        return _remembered((self.key, repr(args)), lambda: self._component.build(*args))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._component, name)
-
-
-def _shared(component: Spec) -> _Shared:
-    """Of one component always the same one: a solver asks for it at every width."""
-    found, shared = _shares.get(id(component), (None, None))
-    if found is not component or shared is None:
-        shared = _Shared(_parts_shared(component), _key(component))
-        if len(_shares) >= _KEPT:
-            _shares.clear()
-        _shares[id(component)] = component, shared
-    return shared
-
-
-def _parts_shared(component: Spec) -> Spec:
-    """Connections that differ in one thing share the rest."""
-    if not isinstance(component, DenseSpec):
-        return component
-    parts: dict[str, Any] = {"transition": _shared(component.transition), "fusion": _shared(component.fusion)}
-    sites = {site: _shared(transition) for site, transition in component.site_transitions.items()}
-    return component.model_copy(update={**parts, "site_transitions": sites})
-
-
-def _remembered(key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
-    if key not in _modules:
-        if len(_modules) >= _KEPT:
-            _modules.clear()
-        _modules[key] = build()
-    return _modules[key]
-
-
-_modules: dict[tuple[Any, ...], Any] = {}
-_shares: dict[int, tuple[Spec, _Shared]] = {}
-"""By the component's id, which is its own as long as it is kept here."""
 
 
 class _Tally(NamedTuple):
@@ -266,7 +204,7 @@ class _Tally(NamedTuple):
     """Weights of linear maps, as often as they are applied to a token."""
 
 
-@functools.lru_cache(_KEPT)
+@functools.lru_cache(KEPT)
 def _tally(module: nn.Module | None) -> _Tally:
     if module is None:
         return _Tally(0, 0)
@@ -275,15 +213,15 @@ def _tally(module: nn.Module | None) -> _Tally:
     return _Tally(sum(parameter.numel() for parameter in module.parameters()), linear)
 
 
-@functools.lru_cache(_KEPT)
-def _state_of_core(core: _Key, width: int) -> int:
+@functools.lru_cache(KEPT)
+def _state_of_core(core: Key, width: int) -> int:
     with _measuring():
         module = core.component().build(width)
         _, state = module(torch.zeros(1, 1, width))
     return _bytes(state)
 
 
-@functools.lru_cache(_KEPT)
+@functools.lru_cache(KEPT)
 def _state_of_model(model: str) -> int:
     with _measuring():
         return _bytes(ModelSpec.model_validate_json(model).build(1).run(torch.zeros(1, 1, dtype=torch.long)).state)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dense_lab import block, counting, registry
+from dense_lab import block, counting, registry, sharing
 from dense_lab.counting import PARTS, count, parameters_by_part
 from dense_lab.model import ModelSpec
 from tests.budget.architectures import cases
@@ -97,7 +97,7 @@ def test_layers_that_read_alike_are_connected_once(pattern: str, kinds: int, mon
         block.connect(blocks, index, *rest)
 
     monkeypatch.setattr(counting, "connect", connect)
-    monkeypatch.setattr(counting, "_modules", {})
+    monkeypatch.setattr(sharing, "_modules", {})
     model = ModelSpec.model_validate({"width": 32, "depth": 12, "dense": {"span": 3, "pattern": pattern}})
     found = parameters_by_part(model, VOCABULARY)["dense"]
     assert len(connected) == kinds
