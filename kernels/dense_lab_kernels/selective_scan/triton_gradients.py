@@ -184,6 +184,7 @@ _FETCH_0, _FETCH_1, _FETCH_2 = (tl.constexpr(_fetch(8 if m == 0 else 4, m)) for 
 _FETCHED_0, _FETCHED_1, _FETCHED_2 = (tl.constexpr(",".join(["=r", "r", *["l"] * (3 * m + 4)])) for m in range(3))
 _SLOT_0, _SLOT_1, _SLOT_2 = (tl.constexpr(_slot_bytes(8 if m == 0 else 4, m)) for m in range(3))
 _RING_0, _RING_1, _RING_2 = (tl.constexpr(_ring(8 if m == 0 else 4, m)) for m in range(3))
+_ALL_ARRIVED = tl.constexpr("cp.async.wait_all; mov.b32 $0, 0;")
 _ARRIVED = tl.constexpr(f"cp.async.wait_group {SLOTS - 2}; bar.warp.sync -1; mov.b32 $0, 0;")
 
 
@@ -477,6 +478,8 @@ def gradients(
                 at = (((i - 1) * batches + batch) * T + start) * D
                 tl.store(dgate + at + place, gate_grads[i - 1].to(dgate.dtype.element_ty), mask=inside)
         dbias = biases_new
+    if FAST:  # What was fetched beyond the last tile is let arrive before the shared memory is given up.
+        tl.inline_asm_elementwise(_ALL_ARRIVED, "=r,r", [span], dtype=tl.int32, is_pure=False, pack=1)
     row = tl.num_programs(2) * batches.to(tl.int64)
     tl.store(dchannel + home * D + channel, dskip, mask=exists)
     for i in tl.static_range(M + 1):
