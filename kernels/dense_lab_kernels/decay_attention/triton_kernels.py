@@ -290,6 +290,40 @@ def scores_kernel(
     tl.store(scores_ptr + block_offset, total.to(scores_ptr.dtype.element_ty))
 
 
+@triton.jit
+def _add_products(
+    out, p_ptr, z_ptr, z_stride_t, decay_ptr, e_i, i, row_block, col_mask, batch, own, H, T, start, length,
+    C: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, REVERSED: tl.constexpr, DECAY_P: tl.constexpr,
+    PER_TOKEN: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out + P Z for the rows i of a chunk; DECAY_P: P is decayed first.
+
+    Blocks of P above the diagonal were never written: only those on the causal side are read.
+    """
+    if REVERSED:
+        first_block = row_block * BM // BJ
+        last_block = tl.cdiv(length, BJ)
+    else:
+        first_block = 0
+        last_block = tl.cdiv(tl.minimum((row_block + 1) * BM, length), BJ)
+    for block in range(first_block, last_block):
+        j = block * BJ + tl.arange(0, BJ)
+        if REVERSED:
+            p = tl.load(p_ptr + j[None, :] * C + i[:, None])
+        else:
+            p = tl.load(p_ptr + i[:, None] * C + j[None, :])
+        z_mask = (j < length)[:, None] if EVEN_N else (j < length)[:, None] & col_mask
+        z = tl.load(z_ptr + j.to(tl.int64)[:, None] * z_stride_t, mask=z_mask, other=0.0)
+        if DECAY_P:
+            e_j = _summed_decay(decay_ptr, batch, own, H, T, start, j, length, PER_TOKEN)
+            gap = e_j[None, :] - e_i[:, None] if REVERSED else e_i[:, None] - e_j[None, :]
+            # Where P is zero the gap has the other sign and may be large: zero times infinity must not arise.
+            causal = j[None, :] >= i[:, None] if REVERSED else i[:, None] >= j[None, :]
+            p = (p.to(tl.float32) * tl.exp(tl.where(causal, gap, 0.0))).to(z.dtype)
+        out = tl.dot(p, z, out, input_precision=PRECISION)
+    return out
+
+
 @triton.jit(do_not_specialize=["T", "H", "R", "n_chunks"])
 def apply_kernel(
     x_ptr,  # [B, T, ., M]: q (o), k (dv), dO (dq), v (dk)
@@ -300,35 +334,14 @@ def apply_kernel(
     out_ptr,  # [B, T, ., N] contiguous: o, dv (one per head), dq, dk (one per group)
     own_ptr,  # [B, T, G, N], if OF_DECAY: q (dq), k (dk)
     sums_ptr,  # [N / BN, B, H, T] float32, if OF_DECAY: sums over the tile of own times (scale X Y), per head
-    x_stride_b,
-    x_stride_t,
-    x_stride_h,
-    z_stride_b,
-    z_stride_t,
-    z_stride_h,
-    own_stride_b,
-    own_stride_t,
-    own_stride_h,
-    T,
-    H,
-    R,
-    n_chunks,
-    M,
-    N,
-    C: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BJ: tl.constexpr,
-    REVERSED: tl.constexpr,
-    OF_KEYS: tl.constexpr,
-    SHARED: tl.constexpr,
-    OF_DECAY: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    EVEN_M: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x_stride_b, x_stride_t, x_stride_h,
+    z_stride_b, z_stride_t, z_stride_h,
+    own_stride_b, own_stride_t, own_stride_h,
+    T, H, R, n_chunks, M, N,
+    C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BJ: tl.constexpr,
+    REVERSED: tl.constexpr, OF_KEYS: tl.constexpr, SHARED: tl.constexpr, OF_DECAY: tl.constexpr,
+    PER_TOKEN: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One [BM, BN] tile of out = scale * (X Y) + P Z.
 
     REVERSED (dv, dk): P is transposed, scale is exp(E - e_j) instead of exp(e_i). OF_KEYS (dq, dk): Y is transposed.
@@ -407,32 +420,14 @@ def apply_kernel(
         if OF_DECAY:
             tl.store(sums_ptr + own.to(tl.int64) * T, tl.sum(out * partner, axis=1), mask=i < length)
 
-    # Blocks of P above the diagonal were never written: only those on the causal side are read.
     p_unit = own // R if decay_p else own
     p_units = H // R
     p_ptr += ((batch * n_chunks + chunk) * p_units + p_unit) * C * C
     z_ptr += batch * z_stride_b + own.to(tl.int64) * z_stride_h + start.to(tl.int64) * z_stride_t + cols[None, :]
-    if REVERSED:
-        first_block = row_block * BM // BJ
-        last_block = tl.cdiv(length, BJ)
-    else:
-        first_block = 0
-        last_block = tl.cdiv(tl.minimum((row_block + 1) * BM, length), BJ)
-    for block in range(first_block, last_block):
-        j = block * BJ + tl.arange(0, BJ)
-        if REVERSED:
-            p = tl.load(p_ptr + j[None, :] * C + i[:, None])
-        else:
-            p = tl.load(p_ptr + i[:, None] * C + j[None, :])
-        z_mask = (j < length)[:, None] if EVEN_N else (j < length)[:, None] & col_mask
-        z = tl.load(z_ptr + j.to(tl.int64)[:, None] * z_stride_t, mask=z_mask, other=0.0)
-        if decay_p:
-            e_j = _summed_decay(decay_ptr, batch, own, H, T, start, j, length, PER_TOKEN)
-            gap = e_j[None, :] - e_i[:, None] if REVERSED else e_i[:, None] - e_j[None, :]
-            # Where P is zero the gap has the other sign and may be large: zero times infinity must not arise.
-            causal = j[None, :] >= i[:, None] if REVERSED else i[:, None] >= j[None, :]
-            p = (p.to(tl.float32) * tl.exp(tl.where(causal, gap, 0.0))).to(z.dtype)
-        out = tl.dot(p, z, out, input_precision=PRECISION)
+    out = _add_products(
+        out, p_ptr, z_ptr, z_stride_t, decay_ptr, e_i, i, row_block, col_mask, batch, own, H, T, start, length,
+        C, BM, BJ, REVERSED, decay_p, PER_TOKEN, EVEN_N, PRECISION,
+    )  # fmt: skip
 
     out_ptr += ((batch * T + tokens) * units + own)[:, None] * N + cols[None, :]
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=i_mask if EVEN_N else i_mask & col_mask)
