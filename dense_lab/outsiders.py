@@ -5,20 +5,24 @@ A model that reads the next token, or other rows of its batch, trains without co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from dense_lab.components import Component
+from dense_lab.dense import DenseSpec
 from dense_lab.errors import InputError
-from dense_lab.model import ModelSpec
-from dense_lab.probing import called, leaks, seeded
+from dense_lab.model import LanguageModel, ModelSpec
+from dense_lab.probing import Part, called, foreseen, leaks, relative_difference, seeded
 from dense_lab.registry import BUILTIN, Registry
 from dense_lab.study import components_of
 
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest value, that rounding may explain; in single precision it is near 1e-6."""
 _TOKENS, _VOCABULARY = 32, 16
+_LONG, _CUT = 144, 130
+"""Tokens of a pass in which chunkwise forms have several chunks, few of which are longer than 128, and a cut in the
+last chunk."""
 
 
 def look(models: Iterable[ModelSpec], registry: Registry) -> list[str]:
@@ -33,14 +37,16 @@ def look(models: Iterable[ModelSpec], registry: Registry) -> list[str]:
     for model in models:
         parts = {(type(part), part.model_dump_json()): part for part in components_of(model)}
         strangers = [part for part in parts.values() if _owner(part, registry)[0] != BUILTIN.name]
-        key = frozenset(parts)
+        key = frozenset(parts), model.model_dump_json(exclude=_ALIKE)
         if strangers and key not in _known:
             _known[key] = _tried(model, strangers, registry)
         found.append(_known.get(key, ""))
     return list(dict.fromkeys(filter(None, found)))
 
 
-_known: dict[frozenset[tuple[type, str]], str] = {}
+_ALIKE = {"width", "depth", "head", "norm_eps", "dropout", "init"}
+"""Keys of a model that change nothing of what its components read."""
+_known: dict[tuple[frozenset[tuple[type, str]], str], str] = {}
 """Why a combination could not be tried; of those that this process has been through."""
 
 
@@ -70,26 +76,42 @@ def _tried(model: ModelSpec, strangers: Sequence[Component], registry: Registry)
 
 
 def _leaks(model: ModelSpec, registry: Registry) -> dict[str, float]:
-    module = seeded(model.build(_VOCABULARY), dtype=torch.float32)
-    module.kernels = _references(registry)
-    ids = torch.randint(_VOCABULARY, (2, _TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        module = seeded(model.build(_VOCABULARY), dtype=torch.float32)
+        module.kernels = _references(registry)
+        short, long = _logits(module, _TOKENS), _logits(module, _LONG)
+        if not relative_difference(short(_all), short(_all)) <= TOLERANCE:
+            raise ArithmeticError("its outputs differ from call to call on the same tokens")
+        found = leaks(short)
+        later = [found["later tokens"], foreseen(long, long(_all), _CUT)]
+        module.eval()
+        later.append(foreseen(short, short(_all), _TOKENS // 2))
+    return found | {"later tokens": max(later)}
 
-    def logits(part: object) -> torch.Tensor:
-        torch.manual_seed(0)  # Dropout is to drop the same.
-        found: torch.Tensor = module(part(ids))  # type: ignore[operator]
+
+def _logits(module: LanguageModel, tokens: int) -> Callable[[Part], torch.Tensor]:
+    """Logits of random tokens changed by a part, which raises ArithmeticError when they say nothing."""
+    ids = torch.randint(_VOCABULARY, (2, tokens), generator=torch.Generator().manual_seed(0))
+
+    def logits(part: Part) -> torch.Tensor:
+        torch.default_generator.manual_seed(0)  # Dropout is to drop the same.
+        found: torch.Tensor = module(part(ids))
         if not found.isfinite().all():
             raise ArithmeticError("its outputs with random weights are not finite")
         return found
 
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return leaks(logits)
+    return logits
+
+
+def _all(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _leaks_alone(part: Component, width: int, registry: Registry) -> bool:
     try:
         with torch.no_grad(), registry.kernel_session(_references(registry)):
-            function = called(part, width, width, 2, _TOKENS, torch.float32)
-            return function is not None and any(not far <= TOLERANCE for far in leaks(function).values())
+            functions = [called(part, width, width, 2, tokens, torch.float32) for tokens in (_TOKENS, _LONG)]
+            return any(f is not None and any(not far <= TOLERANCE for far in leaks(f).values()) for f in functions)
     # The isolation boundary: it may not fit these widths; the model as a whole was tried already.
     except Exception:  # noqa: BLE001
         return False
@@ -97,8 +119,19 @@ def _leaks_alone(part: Component, width: int, registry: Registry) -> bool:
 
 def _shortened(model: ModelSpec) -> ModelSpec:
     """As few layers as connect all that is connected; a component may depend on the width."""
-    blocks = model.blocks and tuple(block.model_copy(update={"repeat": min(block.repeat, 2)}) for block in model.blocks)
-    return model.model_copy(update={"blocks": blocks, "depth": min(model.depth, model.dense.span + 1)})
+    layers = model.layers()
+    enough = max(_reach(layer.dense or model.dense, len(layers)) for layer in layers)
+    most = max(enough, 2)
+    blocks = model.blocks and tuple(b.model_copy(update={"repeat": min(b.repeat, most)}) for b in model.blocks)
+    return model.model_copy(update={"blocks": blocks, "depth": min(model.depth, enough)})
+
+
+def _reach(dense: DenseSpec, depth: int) -> int:
+    """Layers until one reads as many as `span`, or as any does."""
+    if not dense.span:
+        return 1
+    reads = [len(dense.pattern.layers(layer, dense.span)) for layer in range(depth)]
+    return 1 + next(layer for layer, many in enumerate(reads) if many >= min(dense.span, max(reads)))
 
 
 def _references(registry: Registry) -> dict[str, str]:

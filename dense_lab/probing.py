@@ -54,19 +54,26 @@ def leaks(function: Callable[[Part], Tensor]) -> dict[str, float]:
     the largest.
 
     The function applies `part` to all it reads, tensors [2, T, ...]. In all of them at once later tokens become like
-    the first one, or the second row like the first: that changes their means too.
+    the first one, or one row like the other: that changes their means too.
     """
     whole = function(lambda tensor: tensor)
-
-    def later(cut: int) -> float:
-        changed = function(lambda tensor: torch.cat([tensor[:, :cut], tensor[:, :1].expand_as(tensor[:, cut:])], 1))
-        return relative_difference(changed[:, :cut], whole[:, :cut])
-
-    # Two cuts, of which one lies within a chunk of any even length.
     tokens = whole.shape[1]
-    found = {"later tokens": max(later(tokens // 3), later(2 * tokens // 3))}
-    changed = function(lambda tensor: torch.stack([tensor[0], tensor[0]]))
-    return found | {"other rows of the batch": relative_difference(changed[:1], whole[:1])}
+
+    def other(row: int) -> float:
+        return relative_difference(function(lambda tensor: tensor[[row, row]])[row], whole[row])
+
+    return {
+        # Two cuts, of which one lies within a chunk of any even length.
+        "later tokens": max(foreseen(function, whole, cut) for cut in (tokens // 3, 2 * tokens // 3)),
+        # What runs over the rows as if they were one long sequence shows in the second alone.
+        "other rows of the batch": max(other(0), other(1)),
+    }
+
+
+def foreseen(function: Callable[[Part], Tensor], whole: Tensor, cut: int) -> float:
+    """How much outputs before the cut depend on tokens from there on, see `leaks`; whole: those of nothing changed."""
+    changed = function(lambda tensor: torch.cat([tensor[:, :cut], tensor[:, :1].expand_as(tensor[:, cut:])], 1))
+    return relative_difference(changed[:, :cut], whole[:, :cut])
 
 
 def called(

@@ -185,7 +185,8 @@ def components_of(spec: Spec) -> Iterator[Component]:
         yield spec
     for name in type(spec).model_fields:
         value = getattr(spec, name)
-        for item in value if isinstance(value, tuple) else (value,):
+        within = tuple(value.values()) if isinstance(value, dict) else value
+        for item in within if isinstance(within, tuple) else (within,):
             if isinstance(item, Spec):
                 yield from components_of(item)
 

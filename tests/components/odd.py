@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dense_lab.components import FFN, Core, Fusion
+from dense_lab.components import FFN, Core, Fusion, Gate
 from dense_lab.hookspecs import hookimpl
-from dense_lab.modules import CoreModule, FusionModule, Selected, State, Stream, Streams
+from dense_lab.modules import CoreModule, FusionModule, GateModule, Selected, State, Stream, Streams
 
-How = Literal["fine", "next", "batch", "shape", "device", "nan"]
+How = Literal["fine", "next", "chunk", "evaluating", "batch", "row", "shape", "device", "nan", "drifting"]
+_calls = itertools.count()
 
 
 def spoiled(x: Tensor, how: How) -> Tensor:
@@ -19,8 +21,14 @@ def spoiled(x: Tensor, how: How) -> Tensor:
     match how:
         case "next":
             return x + 0.01 * nn.functional.pad(x, (0, 0, 0, 1))[:, 1:]
+        case "chunk":  # Of 64 tokens: each sees the one behind it.
+            return x + nn.functional.pad(x, (0, 0, 0, 64))[:, 64:]
         case "batch":
             return x - x.mean((0, 1))
+        case "row":
+            return x + torch.cat([0 * x[:1], x[:-1]])
+        case "drifting":
+            return x + torch.linspace(0, next(_calls), x.shape[-1])
         case "shape":
             return x[..., :-1]
         case "device":
@@ -48,7 +56,8 @@ class _Fusion(FusionModule):
         self.how = how
 
     def forward(self, own: Tensor, selected: Selected, norm: nn.RMSNorm | None) -> Tensor:
-        return spoiled(sum(selected.gated(), own), self.how)
+        how = "fine" if self.how == "evaluating" and self.training else self.how
+        return spoiled(sum(selected.gated(), own), "next" if how == "evaluating" else how)
 
 
 class OddCore(Core):
@@ -95,8 +104,35 @@ class _Normed(nn.BatchNorm1d):
         return normed
 
 
+class OddGate(Gate):
+    """A gate that sees the next token."""
+
+    kind: Literal["odd"] = "odd"
+
+    def build(self, x_width: int, width: int, sources: int) -> GateModule:
+        """The module."""
+        return _Gate(x_width, width, bias=False)
+
+
+class _Gate(nn.Linear, GateModule):
+    activation = "none"
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (spoiled(super().forward(x), "next"),)
+
+
+class ManyFusion(Fusion):
+    """A fusion that sees the next token once there are two sources."""
+
+    kind: Literal["many"] = "many"
+
+    def build(self, x_width: int, width: int, sources: int) -> FusionModule:
+        """The module."""
+        return _Fusion("next" if sources > 1 else "fine")
+
+
 @hookimpl
 def register_components(register: Any) -> None:
     """All of them."""
-    for component in (OddFusion, OddCore, OddFFN):
+    for component in (OddFusion, OddCore, OddFFN, OddGate, ManyFusion):
         register(component)

@@ -17,14 +17,16 @@ from dense_lab.files import read_json
 from dense_lab.model import ModelSpec
 from dense_lab.outsiders import look
 from dense_lab.registry import Registry
-from dense_lab.study import RunSpec
+from dense_lab.study import RunSpec, plugins_used
 from dense_lab.training import train
 
 ODD = Path(__file__).with_name("odd.py")
 GLA = Path(__file__).parents[2] / "plugins" / "dense-lab-gla" / "dense_lab_gla.py"
 LEAKS = [
     ("core", "next", "later tokens"),
+    ("core", "chunk", "later tokens"),
     ("core", "batch", "other rows of the batch"),
+    ("core", "row", "other rows of the batch"),
     ("fusion", "next", "later tokens"),
     ("fusion", "batch", "other rows of the batch"),
 ]
@@ -56,9 +58,29 @@ def test_what_mixes_rows_in_training_alone_is_refused(odd: Registry) -> None:
         look([model(odd, ffn="odd", dropout=0.1)], odd)
 
 
+def test_what_foresees_in_evaluation_alone_is_refused(odd: Registry) -> None:
+    with pytest.raises(InputError, match=r"fusion 'odd' .* later tokens"):
+        look([model(odd, fusion={"kind": "odd", "how": "evaluating"})], odd)
+
+
 def test_a_wrong_shape_is_refused(odd: Registry) -> None:
     with pytest.raises(InputError, match=r"fusion 'odd' .* shape \[2, 32, 31\] of stream k, expected \[2, 32, 32\]"):
         look([model(odd, fusion={"kind": "odd", "how": "shape"})], odd)
+
+
+@pytest.mark.parametrize(
+    "dense",
+    [
+        {"fusion": {"kind": "odd", "how": "next"}, "pattern": {"kind": "dilated", "dilation": 4}},
+        {"site_transitions": {"v": {"gate": "odd"}}},
+        {"fusion": "many", "span": 2},
+    ],
+)
+def test_what_connects_few_layers_or_sites_is_tried(odd: Registry, dense: dict[str, object]) -> None:
+    fine = {"fusion": "many", "span": 1}
+    models = [model(odd, depth=6, dense=said) for said in (fine, dense)]
+    with pytest.raises(InputError, match=r"(fusion|gate) '(odd|many)' .* later tokens"):
+        look(models, odd)
 
 
 def test_what_is_right_passes_soon(odd: Registry) -> None:
@@ -77,6 +99,7 @@ def test_what_is_right_passes_soon(odd: Registry) -> None:
     ("how", "why"),
     [
         ("device", "RuntimeError: needs a GPU"),
+        ("drifting", "ArithmeticError: its outputs differ from call to call on the same tokens"),
         ("nan", "ArithmeticError: its outputs with random weights are not finite"),
     ],
 )
@@ -109,3 +132,7 @@ def test_commands_look_before_anything_begins(command: str, tmp_path: Path, monk
     assert isinstance(result.exception, InputError)
     assert "core 'odd'" in str(result.exception)
     assert not Path("runs").exists()
+
+
+def test_a_component_of_one_site_counts_among_the_plugins_used(odd: Registry) -> None:
+    assert "odd.py" in plugins_used(model(odd, dense={"site_transitions": {"v": {"gate": "odd"}}}), odd)
