@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -42,7 +43,6 @@ def command(
     from dense_lab.search import data
     from dense_lab.study import plugins_used
     from dense_lab.training import train
-    from dense_lab.units import human
 
     folder = out or runs / loaded.name / SINGLE
     if not (folder / "spec.json").exists():
@@ -50,23 +50,23 @@ def command(
         data.prepare(loaded)
     options.look_at_outsiders(loaded)
     options.judge_kernels([spec], device, allow)
-    console = options.console()
-
-    def tell(evaluation: Evaluation) -> None:
-        if not as_json:
-            loss, speed = evaluation.metrics["valid/loss"], evaluation.metrics.get("tokens_per_second", 0.0)
-            done = f"{human(evaluation.tokens)} of {human(spec.train.tokens)} tokens"
-            console.print(f"step {evaluation.step:>6}  {done}  valid/loss {loss:.4f}  {human(speed)} tokens/s")
-
     if not as_json:
-        console.print(f"training {spec.digest()} into {folder}")
+        options.console().print(f"training {spec.digest()} into {folder}")
     sign(folder, spec.digest(plugins_used(spec, loaded.registry)))
-    result = train(spec, folder, device=device, on_evaluation=tell)
+    result = train(spec, folder, device=device, on_evaluation=None if as_json else partial(_tell, spec.train.tokens))
     if as_json:
         options.print_json({"folder": str(folder), "metrics": result.metrics, "tags": result.tags})
         return
     rows = ((name, f"{value:.6g}") for name, value in sorted(result.metrics.items()))
     options.print_table(f"{loaded.name} on {result.tags['device']}", ("metric", "value"), rows, right=("value",))
+
+
+def _tell(budget: int, evaluation: Evaluation) -> None:
+    from dense_lab.units import human
+
+    loss, speed = evaluation.metrics["valid/loss"], evaluation.metrics.get("tokens_per_second", 0.0)
+    done = f"{human(evaluation.tokens)} of {human(budget)} tokens"
+    options.console().print(f"step {evaluation.step:>6}  {done}  valid/loss {loss:.4f}  {human(speed)} tokens/s")
 
 
 def _check_single(path: Path, study: Study) -> None:

@@ -117,8 +117,7 @@ def reproduce(
     `folder` is a study's, one of its trials', or a single run's. `arms` and `seeds` choose from a study. Every other
     difference of the environment is told to `on_environment` and accepted; other data only with `other_data="allowed"`.
     Operations that are wrong on this machine are refused as in a search, unless `kernels` is "unverified".
-    Raises InputError when there is nothing to train again, when the stored specs cannot be read, for other data, and
-    when `into` has runs by other code.
+    Raises InputError where nothing can be trained again, for other data, and when `into` has runs by other code.
     """
     from dense_lab.search import search
 
@@ -128,8 +127,7 @@ def reproduce(
     environment = differences(found, device, cores, registry.default())
     if on_environment:
         on_environment(found, environment)
-    if other_data == "refused":
-        _check_data(environment)
+    _check_data(environment, other_data)
     _check_made(found, into, environment)
     study = _study(found, into)
     if train is None:
@@ -148,9 +146,9 @@ def _verify(study: Study, device: str, kernels: Literal["verified", "unverified"
     ensure((arm.spec.run() for arm in study.arms()), device, kernels)
 
 
-def _check_data(environment: list[Difference]) -> None:
+def _check_data(environment: list[Difference], other_data: Literal["refused", "allowed"]) -> None:
     other = [one for one in environment if one.what == "data"]
-    if other:
+    if other and other_data == "refused":
         raise InputError(f"the data is not that of the recorded runs ({other[0]}): get it, or --allow-different-data")
 
 
