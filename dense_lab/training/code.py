@@ -40,7 +40,8 @@ def _git(folder: Path, *words: str) -> str:
 
 def code(spec: RunSpec) -> str:
     """`package=digest` of dense-lab, of the libraries of operations and of what brought the components of the run: the
-    first 8 hex digits of the sha256 over its Python sources, as they were when this process first asked.
+    first 8 hex digits of the sha256 over its Python sources, as they were when this process first asked, or `unknown`
+    where there are none.
     """
     modules = [inspect.getmodule(library) for library in registries.default().kernels]
     names = {__name__, *(module.__name__ for module in modules if module)}
@@ -51,7 +52,10 @@ def code(spec: RunSpec) -> str:
 @functools.cache
 def _digest(package: str) -> str:
     module = sys.modules[package]
-    file = Path(module.__file__ or next(iter(module.__path__)))
+    place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+    if place is None:  # of a notebook, or of a prompt
+        return "unknown"
+    file = Path(place)
     root = file.parent if file.name == "__init__.py" else file
     found = hashlib.sha256()
     for source in sorted(root.rglob("*.py")) if root.is_dir() else [root]:

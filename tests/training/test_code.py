@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -63,6 +63,11 @@ def test_a_changed_file_of_a_stranger_shows_and_nothing_else_does(tmp_path: Path
     assert before == again
     assert {name for name in after if after[name] != before[name]} == {"dense_lab_loose_odd"}
     assert "dense_lab_loose_odd" not in digests(RunSpec())
+
+
+def test_what_was_typed_at_a_prompt_has_no_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "typed", ModuleType("typed"))
+    assert code._digest("typed") == "unknown"
 
 
 def test_the_digest_does_not_depend_on_the_place_and_is_soon_there(
