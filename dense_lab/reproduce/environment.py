@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from dense_lab.registry import Registry
     from dense_lab.study import RunSpec
 
-CHECKED = ("commit", "dense_lab", "code", "device", "dtype", "torch", "triton", "python", "plugins", "data", "host")
+CHECKED = (
+    *("commit", "dense_lab", "code", "device", "dtype", "torch", "triton", "numba", "python", "plugins", "data"),
+    *("host", "cpu"),
+)
 """Tags that are compared; `data` is the one that decides whether numbers can be compared at all."""
 
 

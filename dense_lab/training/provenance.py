@@ -57,10 +57,6 @@ def listed(plugins: dict[str, str]) -> str:
 
 def surroundings(place: Place) -> dict[str, str]:
     """Code, machine and libraries: what a run finds, as tags."""
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "none"
     return {
         "commit": commit(),
         "dense_lab": release(),
@@ -68,6 +64,16 @@ def surroundings(place: Place) -> dict[str, str]:
         "dtype": str(place.dtype).removeprefix("torch."),
         "host": platform.node(),
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": _version("triton"),
+        "numba": _version("numba"),
         "python": platform.python_version(),
+        # Loops over other vectors take sums in another order; a host's name may outlive its processor.
+        "cpu": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"

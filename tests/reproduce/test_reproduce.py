@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 
 import numpy as np
 import pytest
@@ -156,6 +157,16 @@ def test_other_code_is_said_and_not_refused(finished):
     found = reproduce(finished, train=fakes.steady, **OPTIONS).environment
     assert {one.what for one in found} == {"data", "host", "code", "dense_lab"}
     assert next(one for one in found if one.what == "code").now.startswith("dense_lab=")
+
+
+def test_another_processor_on_a_host_of_the_same_name_is_said(finished):
+    result = finished / "trials" / "0000" / "result.json"
+    said = read_json(result)
+    tags = {**said["tags"], "host": platform.node(), "cpu": "VSX", "numba": "0.1"}
+    write_json(result, {**said, "tags": tags})
+    found = reproduce(finished / "trials" / "0000", train=fakes.rounded, **OPTIONS)
+    assert {one.what for one in found.environment} == {"data", "cpu", "numba"}
+    assert found.reproduced
 
 
 def test_a_single_run_has_no_spread(tmp_path, here):

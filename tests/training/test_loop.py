@@ -48,7 +48,7 @@ def test_what_a_run_leaves_behind(small: Small, tmp_path: Path) -> None:
     }
     assert set(result.tags) == {
         *("seed", "spec", "data", "batches", "commit", "plugins", "device", "dtype", "implementations", "step"),
-        *("host", "pid", "torch", "triton", "python", "kernels.verified", "dense_lab", "code"),
+        *("host", "cpu", "pid", "torch", "triton", "numba", "python", "kernels.verified", "dense_lab", "code"),
     }
     assert result.tags["implementations"].startswith("decay_attention=")
     assert result.tags["device"] == "cpu (1 threads)"
