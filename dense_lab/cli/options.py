@@ -92,15 +92,22 @@ def _name(study: Path) -> str:
 def study_or_run(study: Path, runs: Path) -> StudyResults:
     """A study, or a single run, given by name, by its YAML file, or by its folder; raises InputError."""
     from dense_lab.results import read_study
-    from dense_lab.runs import SINGLE, is_run, read_run
+    from dense_lab.runs import is_run, read_run
+
+    folder = study_or_run_folder(study, runs)
+    return read_run(folder) if is_run(folder) else read_study(folder)
+
+
+def study_or_run_folder(study: Path, runs: Path) -> Path:
+    """The folder of a study or of a single run, given by name, by its YAML file, or by its folder; raises
+    InputError."""
+    from dense_lab.runs import SINGLE, is_run
 
     below = runs / _name(study)
     for folder in (study, study / SINGLE, below, below / SINGLE):
-        if (folder / "manifest.json").exists():
-            return read_study(folder)
-        if is_run(folder):
-            return read_run(folder)
-    return read_study(study_folder(study, runs))
+        if (folder / "manifest.json").exists() or is_run(folder):
+            return folder
+    return study_folder(study, runs)
 
 
 def console() -> Console:

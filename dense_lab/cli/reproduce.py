@@ -51,14 +51,15 @@ def command(
 ) -> None:
     """Train recorded runs again from their stored specs, and say whether the numbers come out as recorded.
 
-    STUDY is a name or a folder; FOLDER may also be one trial's (`runs/NAME/trials/0003`) or a single run's. Started
-    again, it goes on. Exit code 1 when a number is not where the recorded ones say, seed by seed or by their spread,
-    when a run on a CPU is not bit for bit though nothing recorded has changed, or when one failed.
+    STUDY is the name of a study or of a single run, its YAML file or its folder; FOLDER may also be one trial's
+    (`runs/NAME/trials/0003`). Started again, it goes on. Exit code 1 when a number is not where the recorded ones say,
+    seed by seed or by their spread, when a run on a CPU is not bit for bit though nothing recorded has changed, or
+    when one failed.
     """
     from dense_lab.cli.live import Display
     from dense_lab.reproduce import reproduce
 
-    folder = what if (what / "spec.json").exists() else options.study_folder(what, runs)
+    folder = options.study_or_run_folder(what, runs)
     with Display(options.console(), "valid/loss") as display:
         made = reproduce(
             folder,
@@ -92,9 +93,11 @@ def _numbers(text: str | None) -> list[int]:
 
 
 def _tell_environment(recorded: Recorded, found: list[Difference]) -> None:
+    from dense_lab.units import counted
+
     console = options.console()
-    arms, runs = len(recorded.chosen), len(recorded.trials)
-    console.print(f"{recorded.name}: training {runs} runs of {arms} arms again", markup=False)
+    arms, runs = counted(len(recorded.chosen), "arm"), counted(len(recorded.trials), "run")
+    console.print(f"{recorded.name}: training {runs} of {arms} again", markup=False)
     for sentence in recorded.left_out:
         console.print(sentence, markup=False)
     for one in found:

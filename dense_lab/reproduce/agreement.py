@@ -5,9 +5,9 @@ m -/+ t(n - 1) s sqrt(1/n + 1/k) with the stated probability, if all come from o
 1991, chapter 4). Of three seeds that says little: at 99 % within 8 s. But new runs have the recorded seeds, and so the
 same batches and initial weights: new minus recorded, seed by seed, is what rounding and order of sums have made, which
 is as often above zero as below. Its mean lies within t(k - 1) s_d / sqrt(k) of zero, s_d the standard deviation of the
-differences, and more than NEGLIGIBLE s beyond that is a shift; on CPUs in float32, where rounding is small, CLOSE s
-is one whatever the differences scatter. All intervals of a reproduction together hold with the stated probability
-(Bonferroni; one half for each kind). And runs that nothing has changed for are the same to the last bit on a CPU.
+differences, and more than NEGLIGIBLE s beyond that is a shift. All intervals of a reproduction together hold with the
+stated probability (Bonferroni; one half for each kind). And runs that nothing has changed for are the same to the last
+bit on a CPU.
 """
 
 from __future__ import annotations
@@ -21,15 +21,12 @@ from typing import Literal, NamedTuple
 from dense_lab.results import TrialView
 
 Outcome = Literal["exact", "inside", "outside", "not exact", "no spread", "failed"]
-Expected = Literal["bits", "close", "spread"]
-"""Of new runs: the very same numbers; numbers that only the rounding of float32 has moved; or numbers within the spread
-of the recorded ones, whose same seeds are known to differ by more (a GPU sums in another order every time)."""
+Expected = Literal["bits", "spread"]
+"""Of new runs: the very same numbers; or numbers within the spread of the recorded ones."""
 EVERY_ARM = "(every arm)"
 NEGLIGIBLE = 0.1
 """Part of the spread between seeds that a mean may move by: it moves the t statistic of n seeds by n ** 0.5 / 10 at
 most, so that no verdict hangs on it."""
-CLOSE = 0.25
-"""The same, of what float32 may move a mean by."""
 CLOCKS = ("seconds", "tokens_per_second", "step_seconds", "peak_memory_bytes")
 """Metrics that no two runs share."""
 HOLDS: tuple[Outcome, ...] = ("exact", "inside")

@@ -15,6 +15,7 @@ from dense_lab.errors import InputError, did_you_mean
 from dense_lab.files import read_json
 from dense_lab.registry import Registry
 from dense_lab.results import TRIALS, StudyResults, TrialView, read_study, read_trial
+from dense_lab.runs import SINGLE
 from dense_lab.study import RunSpec
 
 SPEC_NOTES = ("digest", "plugins")
@@ -96,7 +97,8 @@ def recorded(folder: Path, arms: Collection[str] = (), seeds: Collection[int] = 
         return _of_trial(read_study(folder.parent.parent), trial)
     metric = "test/loss" if "test/loss" in trial.metrics else "valid/loss"
     cells = {"run": {int(trial.spec["seed"]): trial}}
-    return Recorded(folder.name, folder, "all", metric, 0.05, "run", cells, cells, ())
+    name = folder.parent.name if folder.name == SINGLE else folder.name
+    return Recorded(name, folder, "all", metric, 0.05, "run", cells, cells, ())
 
 
 def _run(folder: Path) -> TrialView:

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from dense_lab.cli import group
+from dense_lab.errors import InputError
 from dense_lab.files import read_json, write_json
 
 STUDY = """dense_lab: 1
@@ -88,3 +89,16 @@ def test_runs_stand_beside_each_other_in_one_report(runs: Path) -> None:
     said("report", "one", "mine")
     text = (runs / "report" / "report.md").read_text()
     assert text.count("single run, valid/loss") == 2
+
+
+@pytest.mark.parametrize("named", ["one", "study.yaml", "runs/one", "mine"])
+def test_a_run_is_reproduced_by_name_file_and_folder(runs: Path, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def reproduce(folder: Path, **options: object) -> None:
+        asked.append(folder)
+        raise InputError("enough")
+
+    monkeypatch.setattr("dense_lab.reproduce.reproduce", reproduce)
+    assert isinstance(CliRunner().invoke(group, ["reproduce", named]).exception, InputError)
+    assert asked == [Path("runs/mine" if named == "mine" else "runs/one/single")]
