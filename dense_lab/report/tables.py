@@ -88,7 +88,7 @@ def importance(results: StudyResults) -> dict[str, Share]:
     """The share of each parameter, largest first (fANOVA, Hutter et al. 2014); those of too few trials are left out.
 
     A parameter that only some trials have (it belongs to one branch) is judged among those alone: over all trials, its
-    absence would stand for the branch and take the credit for it.
+    absence would stand for the branch and take the credit for it. One that nothing else varies with there is left out.
     """
     trials = results.ranked()
     having: dict[frozenset[int], list[str]] = defaultdict(list)
@@ -98,6 +98,8 @@ def importance(results: StudyResults) -> dict[str, Share]:
     for numbers, paths in having.items():
         mine = [trial for trial in trials if trial.number in numbers]
         shares = _shares(mine, results.goals[0].metric) if len(mine) >= FEWEST else {}
+        if len(shares) == 1 and len(mine) < len(trials):
+            continue  # By itself it explains all that a forest explains, noise too.
         found.update({path: Share(shares[path], len(mine)) for path in paths if path in shares})
     return dict(sorted(found.items(), key=lambda item: -item[1].value))
 

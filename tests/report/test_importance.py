@@ -54,6 +54,15 @@ def test_a_parameter_of_too_few_trials_is_left_out() -> None:
     assert importance(search([({"a": 0.5}, 1.0)] * 5)) == {}
 
 
+def test_what_alone_varies_in_its_branch_explains_no_noise() -> None:
+    rng = random.Random(0)
+    said = [
+        {"core": "retnet", "core.retnet.heads": rng.choice([2, 4])} if number % 2 else {"core": "mamba"}
+        for number in range(40)
+    ]
+    assert set(importance(search([(params, len(params) + rng.random()) for params in said]))) == {"core"}
+
+
 def test_the_plot_says_how_many_trials_have_a_parameter() -> None:
     plot = next(one for one in pictures(branches()) if one.name == "importance")
     assert plot.caption == IMPORTANCE
