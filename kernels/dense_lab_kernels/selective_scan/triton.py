@@ -272,13 +272,15 @@ def _walked_both_ways(
     if grad.device.type != "cuda":
         _restore(plan, inputs, saved["kept"], restored)
         return *_adjoint(plan, inputs, grad, final, saved), restored
-    main, side = torch.cuda.current_stream(), _side_stream(grad.device)
+    main, side = torch.cuda.current_stream(grad.device), _side_stream(grad.device)
     begun = main.record_event()
     walked = _adjoint(plan, inputs, grad, final, saved)
     side.wait_event(begun)
-    with torch.cuda.stream(side):
-        _restore(plan, inputs, saved["kept"], restored)
-    main.wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            _restore(plan, inputs, saved["kept"], restored)
+    finally:  # Its memory is not given back while it is written.
+        main.wait_stream(side)
     return *walked, restored
 
 
