@@ -15,6 +15,8 @@ Letters as in the forward; K = TILE tokens of a tile; P tokens, padded to whole 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 
@@ -68,6 +70,17 @@ def summed(lane):
     return lane % 4 * 4 + lane // 8
 
 
+def _operands(K: int, M: int) -> tuple[dict[str, int], int]:
+    """First operand of every group of K of `_one_state`, results before the others; how many groups are results."""
+    streams = range(M + 1)
+    names = [f"flow{i}" for i in streams] + [f"lost{i}" for i in streams] + [f"dgate{i}" for i in range(M)]
+    results = [*names, "sums", "number"]
+    given = ["ones", *(["more_ones"] if K == 4 else []), "grad"]
+    given += [f"{name}{i}" for name in ("step", "taken") for i in streams] + [f"gate{i}" for i in range(M)]
+    given += [f"{name}_" for name in names]
+    return {name: K * i for i, name in enumerate([*results, *given, "slot"])}, len(results)
+
+
 def _one_state(K: int, M: int, *, carried: bool) -> tuple[str, str]:
     """PTX and operand types of `one_state` for a thread: one state, K tokens, M sources; operands in groups of K.
 
@@ -75,23 +88,23 @@ def _one_state(K: int, M: int, *, carried: bool) -> tuple[str, str]:
     Operands: what `_warp_sums` needs; gradient of y; steps and step u of every stream; gates; the results so far; then
     K times the slot of shared memory where `_fetch` has put the rest.
     """
-    streams = range(M + 1)
-    names = [f"flow{i}" for i in streams] + [f"lost{i}" for i in streams] + [f"dgate{i}" for i in range(M)]
-    given = [
-        "ones",
-        *(["more_ones"] if K == 4 else []),
-        "grad",
-        *(f"step{i}" for i in streams),
-        *(f"taken{i}" for i in streams),
-        *(f"gate{i}" for i in range(M)),
-    ]
-    given += [f"{name}_" for name in names]
-    results = [*names, "sums", "number"]
-    place = {name: K * i for i, name in enumerate([*results, *given, "slot"])}
+    place, results = _operands(K, M)
 
     def at(name: str, k: int = 0) -> str:
         return f"${place[name] + k}"
 
+    code = [*_read(K, M, at), *_replay(K, M, at, carried=carried), *_walk_back(K, M, at, carried=carried)]
+    ones = [at("ones", i) if i < K else at("more_ones", i - K) for i in range(8)]
+    code += _warp_sums([f"dB{i}_{k}" for i in range(M + 1) for k in range(K)] + [f"dC_{k}" for k in range(K)], ones)
+    code += [f"mov.f32 {at('sums', k)}, {f'A{k}' if k <= M else '0f80000000'};" for k in range(K)]
+    code += [f"mov.f32 {at('number', k)}, {'0f80000000' if k else 'v0'};" for k in range(K)]
+    types = ["=&f"] * (K * results) + ["f"] * (K * (len(place) - results - 1)) + ["r"] * K
+    return "{ " + " ".join(code) + " }", ",".join(types)
+
+
+def _read(K: int, M: int, at: Callable[..., str]) -> list[str]:
+    """State, what comes back, rate, and rows of B and C from shared memory; decays a and inflows b of every token."""
+    streams = range(M + 1)
     code = [".reg .b32 lane, mine; mov.u32 lane, %laneid; mad.lo.u32 mine, lane, 4, " + at("slot") + ";"]
     for i, name in enumerate([f"{x}{i}" for i in streams for x in ("h", "s", "rate")]):
         code.append(f".reg .f32 {name}; ld.shared.f32 {name}, [mine+{128 * i}];")
@@ -109,15 +122,21 @@ def _one_state(K: int, M: int, *, carried: bool) -> tuple[str, str]:
             code.append(f"mul.f32 a{i}_{k}, rate{i}, {at(f'step{i}', k)}; ex2.approx.ftz.f32 a{i}_{k}, a{i}_{k};")
             code.append(f"mul.f32 b{i}_{k}, B{i}_{k}, {at(f'taken{i}', k)};")
     code.append(f".reg .f32 {', '.join(f'{x}_{k}' for x in ('in', 'dC', 'out') for k in range(K))}, f;")
+    return code
 
-    def before(i: int, k: int) -> str:
-        return f"h{i}_{k - 1}" if k else f"h{i}"
 
-    for i in [*streams[1:], 0]:
+def _before(i: int, k: int) -> str:
+    return f"h{i}_{k - 1}" if k else f"h{i}"
+
+
+def _replay(K: int, M: int, at: Callable[..., str], *, carried: bool) -> list[str]:
+    """The states after every token, sources first, and every token's gradient of C."""
+    code = []
+    for i in [*range(1, M + 1), 0]:
         for k in range(K):
             if i == 0 and carried and M:
                 code.append(f"add.f32 b0_{k}, b0_{k}, in_{k};")
-            code.append(f"fma.rn.f32 h{i}_{k}, a{i}_{k}, {before(i, k)}, b{i}_{k};")
+            code.append(f"fma.rn.f32 h{i}_{k}, a{i}_{k}, {_before(i, k)}, b{i}_{k};")
             if i == 1:
                 code.append(f"mul.f32 in_{k}, {at('gate0', k)}, h1_{k};")
             elif i > 1:
@@ -127,7 +146,13 @@ def _one_state(K: int, M: int, *, carried: bool) -> tuple[str, str]:
             code.append(f"add.f32 f, h0_{k}, in_{k}; mul.f32 dC_{k}, f, {at('grad', k)};")
         else:
             code.append(f"mul.f32 dC_{k}, h0_{k}, {at('grad', k)};")
-    for i in streams:
+    return code
+
+
+def _walk_back(K: int, M: int, at: Callable[..., str], *, carried: bool) -> list[str]:
+    """The states' gradients, last token first, and all sums that they are part of."""
+    code = []
+    for i in range(M + 1):
         code.append(f"mov.f32 e{i}, s{i}; mov.f32 A{i}, 0f00000000;")
         for k in reversed(range(K)):
             if i == 0:
@@ -142,15 +167,10 @@ def _one_state(K: int, M: int, *, carried: bool) -> tuple[str, str]:
                 code.append(f"fma.rn.f32 f, {at(f'gate{i - 1}', k)}, out_{k}, e{i};")
             code.append(f"mul.f32 dB{i}_{k}, f, {at(f'taken{i}', k)};")
             code.append(f"fma.rn.f32 {at(f'flow{i}', k)}, f, B{i}_{k}, {at(f'flow{i}_', k)};")
-            code.append(f"mul.f32 e{i}, a{i}_{k}, f; mul.f32 f, e{i}, {before(i, k)};")
+            code.append(f"mul.f32 e{i}, a{i}_{k}, f; mul.f32 f, e{i}, {_before(i, k)};")
             code.append(f"fma.rn.f32 {at(f'lost{i}', k)}, f, rate{i}, {at(f'lost{i}_', k)};")
             code.append(f"fma.rn.f32 A{i}, f, {at(f'step{i}', k)}, A{i};")
-    ones = [at("ones", i) if i < K else at("more_ones", i - K) for i in range(8)]
-    code += _warp_sums([f"dB{i}_{k}" for i in streams for k in range(K)] + [f"dC_{k}" for k in range(K)], ones)
-    code += [f"mov.f32 {at('sums', k)}, {f'A{k}' if k <= M else '0f80000000'};" for k in range(K)]
-    code += [f"mov.f32 {at('number', k)}, {'0f80000000' if k else 'v0'};" for k in range(K)]
-    types = ["=&f"] * (K * len(results)) + ["f"] * (K * len(given)) + ["r"] * K
-    return "{ " + " ".join(code) + " }", ",".join(types)
+    return code
 
 
 def _fetch(K: int, M: int) -> str:
@@ -337,6 +357,54 @@ def to_gradients(raw, bias, u, step, flow, lost, inside, SOFTPLUS: tl.constexpr)
     return tl.where(inside, ddt, 0.0), flow * step
 
 
+@triton.jit
+def one_state_loaded(
+    kept, ends, stride, place, A, rate_place, rates, channel, tables, table, shelf, line, t, j, M: tl.constexpr
+):  # fmt: skip
+    """One state before a tile, what the tokens behind the tile pass back to it, its rate; rows of every B and of C."""
+    h, s, rate, lines = (), (), (), ()
+    for i in tl.static_range(M + 1):
+        h = h + (tl.load(kept + (i * stride + place)),)
+        s = s + (tl.load(ends + (i * stride + place)),)
+        rate = rate + (tl.load(A + (i * rates + rate_place) + channel),)
+    for i in tl.static_range(M + 2):
+        lines = lines + (tl.load(tables + (i * table + shelf + line + t) + j),)
+    return h, s, rate, lines
+
+
+@triton.jit
+def rows_stored(
+    du, ddt, dgate, dskip, dbias, rows, biases, skip, channel, grad, step, flow, lost, gate_grads, inside,
+    batch, batches, start, place, T, D,
+    UNIT: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_SKIP: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Store what a tile's sums over states make of u, dt and gates; the sums for the skip and every bias with it.
+
+    UNIT: of `lost`, the logarithm of the decays' base.
+    """
+    biases_new = ()
+    for i in tl.static_range(M + 1):
+        at = ((i * batches + batch) * T + start) * D
+        scaled = lost[i]
+        if UNIT != 1.0:
+            scaled = lost[i] * UNIT
+        u = rows[i].to(tl.float32)
+        x_grad, u_grad = to_gradients(
+            rows[M + 1 + i].to(tl.float32), biases[i], u, step[i], flow[i], scaled, inside, SOFTPLUS
+        )
+        if i == 0:
+            dskip += tl.sum(grad * u, axis=0)
+            if HAS_SKIP:
+                u_grad += tl.load(skip + channel)[None, :] * grad
+        biases_new = biases_new + (dbias[i] + tl.sum(x_grad, axis=0),)
+        tl.store(du + at + place, u_grad.to(du.dtype.element_ty), mask=inside)
+        tl.store(ddt + at + place, x_grad.to(ddt.dtype.element_ty), mask=inside)
+        if i > 0:
+            at = (((i - 1) * batches + batch) * T + start) * D
+            tl.store(dgate + at + place, gate_grads[i - 1].to(dgate.dtype.element_ty), mask=inside)
+    return dskip, biases_new
+
+
 @triton.jit(do_not_specialize=["T", "span", "groups"])
 def gradients(
     tokens, strides,  # [B, T, D] each: u of every stream, dt of every stream, the gates, the output's gradient, z
@@ -379,14 +447,8 @@ def gradients(
     if FAST:
         lane = tl.arange(0, BLOCK) * 4
         own_tables = tables + (tl.minimum(lane // TILE, M + 1) * table + shelf + lane % TILE + first * TILE)
-        ring = tl.inline_asm_elementwise(
-            _RING_0 if M == 0 else (_RING_1 if M == 1 else _RING_2),
-            "=r,r",
-            [span],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        RING: tl.constexpr = _RING_0 if M == 0 else (_RING_1 if M == 1 else _RING_2)
+        ring = tl.inline_asm_elementwise(RING, "=r,r", [span], dtype=tl.int32, is_pure=False, pack=1)
         SLOT: tl.constexpr = _SLOT_0 if M == 0 else (_SLOT_1 if M == 1 else _SLOT_2)
         read, write = ring, ring + (SLOTS - 1) * SLOT
         ahead = (kept + home_place, ends + home_place, A + nearest, own_tables, 0)
@@ -432,14 +494,10 @@ def gradients(
                 tl.store(sums_here, total, mask=number < (M + 2) * TILE)
                 sums_here += P
             else:
-                h, s, rate, lines = (), (), (), ()
-                for i in tl.static_range(M + 1):
-                    place = i * stride + ((tile - first) * N + n) * D
-                    h = h + (tl.load(kept + home_place + place),)
-                    s = s + (tl.load(ends + home_place + place),)
-                    rate = rate + (tl.load(A + (i * N * D + n * D) + nearest),)
-                for i in tl.static_range(M + 2):
-                    lines = lines + (tl.load(tables + (i * table + shelf + n * P + tile * TILE) + j),)
+                h, s, rate, lines = one_state_loaded(
+                    kept + home_place, ends + home_place, stride, ((tile - first) * N + n) * D,
+                    A, n * D, N * D, nearest, tables, table, shelf, n * P, tile * TILE, j, M,
+                )  # fmt: skip
                 flows, losts, more, new_sums, parts = one_state_plainly(
                     grad, step, taken, gates, h, s, rate, rows[M + 1 : 2 * M + 2], lines, j, TILE, M, CARRIED
                 )
@@ -456,28 +514,10 @@ def gradients(
             dA_here += D
         place = place_of(t - start, D, channel)
         rows = rows_of(tokens, strides, batch, start, row, nearest, 2 * M + 2)
-        biases_new = ()
-        for i in tl.static_range(M + 1):
-            at = ((i * batches + batch) * T + start) * D
-            if FAST:
-                scaled = lost[i] * _LN_2
-            else:
-                scaled = lost[i]
-            u = rows[i].to(tl.float32)
-            x_grad, u_grad = to_gradients(
-                rows[M + 1 + i].to(tl.float32), biases[i], u, step[i], flow[i], scaled, inside, SOFTPLUS
-            )
-            if i == 0:
-                dskip += tl.sum(grad * u, axis=0)
-                if HAS_SKIP:
-                    u_grad += tl.load(skip + nearest)[None, :] * grad
-            biases_new = biases_new + (dbias[i] + tl.sum(x_grad, axis=0),)
-            tl.store(du + at + place, u_grad.to(du.dtype.element_ty), mask=inside)
-            tl.store(ddt + at + place, x_grad.to(ddt.dtype.element_ty), mask=inside)
-            if i > 0:
-                at = (((i - 1) * batches + batch) * T + start) * D
-                tl.store(dgate + at + place, gate_grads[i - 1].to(dgate.dtype.element_ty), mask=inside)
-        dbias = biases_new
+        dskip, dbias = rows_stored(
+            du, ddt, dgate, dskip, dbias, rows, biases, skip, nearest, grad, step, flow, lost, gate_grads, inside,
+            batch, batches, start, place, T, D, _LN_2 if FAST else 1.0, SOFTPLUS, HAS_SKIP, M,
+        )  # fmt: skip
     if FAST:  # What was fetched beyond the last tile is let arrive before the shared memory is given up.
         tl.inline_asm_elementwise(_ALL_ARRIVED, "=r,r", [span], dtype=tl.int32, is_pure=False, pack=1)
     row = tl.num_programs(2) * batches.to(tl.int64)
