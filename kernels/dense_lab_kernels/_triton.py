@@ -29,7 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED_PROCESSORS = 2  # few, so that tiny test shapes still walk the loops of persistent programs
 
 
-_ASSEMBLY = tl.constexpr(not INTERPRETED)
+ASSEMBLY = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def sigmoid(x):  # noqa: ANN001, ANN202 - kernels have no annotations but conste
     What Triton makes of the formula takes three times as many, for denormal numbers, and bounds kernels that are
     otherwise bound by memory.
     """
-    if _ASSEMBLY:
+    if ASSEMBLY:
         return tl.inline_asm_elementwise(
             "mul.ftz.f32 $0, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 $0, $0;"  # 2 ** (-log2(e) x)
             "add.ftz.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;",
@@ -51,6 +51,17 @@ def sigmoid(x):  # noqa: ANN001, ANN202 - kernels have no annotations but conste
         )
     else:  # noqa: RET505 - the branch is resolved when compiling, and must not leave a second return behind
         return tl.sigmoid(x)
+
+
+@triton.jit
+def reciprocal(x):  # noqa: ANN001, ANN202
+    """1 / x in one instruction, to one unit in the last place."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:  # noqa: RET505
+        return 1.0 / x
 
 
 @triton.jit(do_not_specialize=["rows"])

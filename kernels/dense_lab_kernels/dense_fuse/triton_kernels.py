@@ -6,9 +6,7 @@ Letters: W width, m sources, R width of a gate's bottleneck.
 import triton
 import triton.language as tl
 
-from dense_lab_kernels._triton import INTERPRETED, sigmoid
-
-_ASSEMBLY = tl.constexpr(not INTERPRETED)
+from dense_lab_kernels._triton import ASSEMBLY, reciprocal, sigmoid
 
 
 @triton.jit
@@ -24,7 +22,7 @@ def _write(pointer, width, row, column, mask, value):
 @triton.jit
 def _closed(x):
     """1 / sigmoid(x) up to 2^40, in four instructions."""
-    if _ASSEMBLY:
+    if ASSEMBLY:
         return tl.inline_asm_elementwise(
             "mul.ftz.f32 $0, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 $0, $0;"  # 2 ** (-log2(e) x)
             "min.ftz.f32 $0, $0, 0f53800000; add.ftz.f32 $0, $0, 0f3F800000;",
@@ -39,21 +37,11 @@ def _closed(x):
 
 
 @triton.jit
-def _inverse(x):
-    if _ASSEMBLY:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:  # noqa: RET505
-        return 1.0 / x
-
-
-@triton.jit
 def _all_silu(own, source, gate):
     """silu(own) + silu(gate) silu(source) with one division for three: special functions bound the forward."""
     own_closed = _closed(own)
     closed = _closed(source) * _closed(gate)
-    return (own * closed + gate * source * own_closed) * _inverse(own_closed * closed)
+    return (own * closed + gate * source * own_closed) * reciprocal(own_closed * closed)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dense_lab_kernels._triton import (
-    INTERPRETED,
+    ASSEMBLY,
     Launch,
     Sm90Case,
     applied,
@@ -37,7 +37,6 @@ __all__ = ["rotate", "sm90_cases", "unsupported"]
 
 _OPERATION = "rotate"
 _WIDEST = 4096
-_ASSEMBLY = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
@@ -49,7 +48,7 @@ def _pairs(tile, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _sine(angle):
     """Of angles between -pi and pi, to 2^-20: a twentieth of the work of one to the last bit."""
-    if _ASSEMBLY:
+    if ASSEMBLY:
         return tl.inline_asm_elementwise(
             "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -60,7 +59,7 @@ def _sine(angle):
 @triton.jit
 def _cosine(angle):
     """As _sine."""
-    if _ASSEMBLY:
+    if ASSEMBLY:
         return tl.inline_asm_elementwise(
             "cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
         )

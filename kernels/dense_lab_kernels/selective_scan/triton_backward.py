@@ -14,9 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_lab_kernels._triton import sigmoid
+from dense_lab_kernels._triton import ASSEMBLY, sigmoid
 from dense_lab_kernels.selective_scan.triton_forward import (
-    ASSEMBLY,
     BACK_32,
     BACK_128,
     SCAN_TYPES_32,

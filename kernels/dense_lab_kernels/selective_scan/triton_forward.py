@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-from dense_lab_kernels._triton import INTERPRETED, sigmoid
+from dense_lab_kernels._triton import ASSEMBLY, reciprocal, sigmoid
 
-ASSEMBLY = tl.constexpr(not INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -57,17 +56,6 @@ def decays(rate, step, raw):
         return exp(rate[None, :, :] * step[:, None, :])
     else:  # noqa: RET505
         return exp2((rate * LOG2_E)[None, :, :] * step[:, None, :])
-
-
-@triton.jit
-def reciprocal(x):
-    """1 / x in one instruction, to one unit in the last place."""
-    if ASSEMBLY:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:  # noqa: RET505
-        return 1.0 / x
 
 
 @triton.jit

@@ -5,8 +5,8 @@ gradients back to their ends. A program is one warp with 32 channels of one batc
 `span` tiles in turn. What a tile's tokens share over the states (steps, the output's gradient, sums over states) stays
 in registers; the states are taken one after the other: replayed, walked back, and done with. So few numbers live at a
 time that several warps share a scheduler, and nothing is computed alike in two lanes. Sums over channels (B, C) go
-through tensor cores within the warp, and over programs afterwards; sums over tokens (A)
-are added to in memory, by one program each and so in one order: the result does not depend on scheduling.
+through tensor cores within the warp, and over programs afterwards; sums over tokens (A) are added to in memory, by one
+program each and so in one order: the result does not depend on scheduling.
 
 Letters as in the forward; K = TILE tokens of a tile; P tokens, padded to whole tiles.
 """
@@ -20,9 +20,8 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 
-from dense_lab_kernels._triton import sigmoid
+from dense_lab_kernels._triton import ASSEMBLY, sigmoid
 from dense_lab_kernels.selective_scan.triton_forward import (
-    ASSEMBLY,
     LOG2_E,
     activate,
     exp,
