@@ -9,8 +9,9 @@
 Each core, plain and with dense connections, is trained by what "auto" chooses and by `kernels: {every operation:
 reference}`, with the same weights, data and precision. Other seeds (of weights and data) say what noise is. Twins
 begin from the first seed's weights, half a rounding away: they say what rounding alone does in so many steps, and
-their mean is compared. Text: the Python source of the standard library, in bytes. The exit code is 1 when kernels and
-references differ by more than the standard deviation over seeds.
+their mean is compared. References in float32 (`--exact`) say which of two means that differ is the nearer one. Text:
+the Python source of the standard library, in bytes. The exit code is 1 when kernels and references differ by more than
+the standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Curve(NamedTuple):
     arm: str
     seed: int
     by: str
-    """ "kernels" or "references"."""
+    """ "kernels", "references", or "exact": references in float32."""
     ran: str
     train: list[float]
     """Loss of every step, nats per byte."""
@@ -73,7 +74,9 @@ def run(corpus: Any, arm: str, by: str, start: tuple[int, int], place: Place, si
     core, kind = arm.split()
     spec = ModelSpec.model_validate({"width": 64, "depth": 3, "core": core, "dense": DENSE[kind]})
     model = spec.build(corpus.vocab_size).initialise(seed).to(place.device)
-    if by == "references":
+    if by == "exact":
+        place = place._replace(dtype=torch.float32)
+    if by != "kernels":
         model.kernels = {name: "reference" for library in registry.default().kernels for name in library.OPERATIONS}
     if twin:
         nudge(model, torch.finfo(place.dtype).eps / 2, twin)
@@ -107,10 +110,12 @@ def compare(curves: list[Curve]) -> bool:
         rounding = statistics.stdev(twins["kernels"]) if len(twins["kernels"]) > 1 else float("nan")
         difference, spread = kernels - references, statistics.stdev(seeds)
         good &= abs(difference) <= spread
+        exact = [curve.valid for curve in mine if curve.by == "exact"]
+        against = f"; in float32 {statistics.mean(exact):.4f} ({len(exact)} twins)" if exact else ""
         print(
             f"{arm:18}{kernels:9.4f}{references:12.4f}{difference:+12.5f}{rounding:9.5f}{spread:9.5f}  "
             f"{'within' if abs(difference) <= spread else 'BEYOND'}; {len(seeds)} seeds, {len(twins['kernels'])} and "
-            f"{len(twins['references'])} twins; ran {next(c.ran for c in mine if c.by == 'kernels')}"
+            f"{len(twins['references'])} twins; ran {next(c.ran for c in mine if c.by == 'kernels')}{against}"
         )
     print("nats per byte, means over twins; twins: standard deviation over twins with kernels; seeds: over other seeds")
     return good
@@ -136,6 +141,8 @@ def draw(curves: list[Curve], path: Path) -> None:
                 style["label"] = "kernels, other seeds"
             if curve.seed == 0:
                 style = {"color": "#0072b2", "linewidth": 2.2, "alpha": 0.6, "label": "kernels"}
+            if curve.by == "exact":
+                continue
             if curve.by == "references":
                 style = {"color": "#d55e00", "linewidth": 1, "linestyle": "--", "label": "references, same seed"}
             axes.plot(smooth(curve.train), **style)
@@ -154,12 +161,14 @@ class Plan(NamedTuple):
     seeds: int
     twins: int
     references: int
+    exact: int
 
     def runs(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """(by, (seed, twin))."""
         yield from (("kernels", (seed, 0)) for seed in range(self.seeds))
         yield from (("kernels", (0, twin)) for twin in range(1, self.twins))
         yield from (("references", (0, twin)) for twin in range(self.references))
+        yield from (("exact", (0, twin)) for twin in range(self.exact))
 
 
 def train_all(plan: Plan, device: str, size: Size, known: list[Curve]) -> Iterator[Curve]:
@@ -203,6 +212,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=8, help="with kernels")
     parser.add_argument("--twins", type=int, default=4, help="of the first seed, with kernels")
     parser.add_argument("--references", type=int, default=2, help="of its twins that are trained with references too")
+    parser.add_argument("--exact", type=int, default=0, help="of its twins that are trained with references in float32")
     parser.add_argument("--add", type=Path, metavar="JSON", help="go on from what was measured")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/loss_curves.json"))
     parser.add_argument("--draw", nargs=2, type=Path, metavar=("JSON", "PICTURE"), help="draw what was measured")
@@ -211,7 +221,7 @@ def main() -> int:
         curves = read(options.draw[0])
         draw(curves, options.draw[1])
         return 0 if compare(curves) else 1
-    plan = Plan(options.arms, options.seeds, options.twins, options.references)
+    plan = Plan(options.arms, options.seeds, options.twins, options.references, options.exact)
     size = Size(options.batch, options.tokens, options.steps)
     known = read(options.add) if options.add else []
     options.out.parent.mkdir(parents=True, exist_ok=True)
