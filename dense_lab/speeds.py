@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 EFFICIENCY = 0.2
 """Part of the matrix-product rate that small models reach in training on a CPU: an order of magnitude."""
+REHEARSED = 32
+"""Tokens of a rehearsal: who computes an operation depends on whether it is one token, not on how many more."""
 OVERHEAD = "overhead.json"
 """What `dense-lab overhead` leaves in a study's folder."""
 Source = Literal["measured", "scaled", "guessed"]
@@ -119,7 +121,7 @@ def _speed(trial: TrialView) -> tuple[float, float] | None:
 
 
 def implementations(runs: Sequence[RunSpec], place: Place, patience: float = 2.0) -> dict[str, dict[str, str]]:
-    """What would compute each operation on this device, by core: found by a rehearsal over one sequence through two
+    """What would compute each operation on this device, by core: found by a rehearsal over a few tokens through two
     layers of one architecture of each core, a dense one if there is one: its first layer is a plain one.
 
     Empty for a core whose turn is after `patience` s.
@@ -145,7 +147,7 @@ def _ran(run: RunSpec, place: Place) -> dict[str, str]:
     short: ModelSpec = model.model_copy(update={"blocks": blocks, "depth": min(model.depth, 2)})
     module = short.build(data.vocab_size).to(place.device)
     module.kernels = run.kernels
-    ids = torch.zeros(1, data.seq_len, dtype=torch.long, device=place.device)
+    ids = torch.zeros(1, min(data.seq_len, REHEARSED), dtype=torch.long, device=place.device)
     with place.autocast(), registries.default().rehearsed():
         module.loss(ids, ids)
     return dict(module.ran)

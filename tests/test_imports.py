@@ -55,3 +55,13 @@ def test_help_imports_neither_torch_nor_services() -> None:
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip().endswith("[]"), out.stdout[-200:]
+
+
+def test_the_command_ends_without_a_last_look_for_garbage() -> None:
+    script = (
+        "import atexit, gc; from dense_lab.cli import main\n"
+        "atexit.register(lambda: print(f'{gc.get_freeze_count() > 0} {len(gc.get_objects()) < 1000}'))\n"
+        "main(['--help'])"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.endswith("True True\n"), out.stdout[-200:]

@@ -16,7 +16,7 @@ from dense_lab.errors import InputError
 from dense_lab.planning import plan
 from dense_lab.results import TRIALS
 from dense_lab.space import Study
-from dense_lab.speeds import Speeds
+from dense_lab.speeds import REHEARSED, Speeds
 from dense_lab.training.device import choose_place
 from tests.planning.many import arms
 from tests.spec.studies import of, study
@@ -58,15 +58,27 @@ def test_rows_are_the_solved_arms(tmp_path: Path) -> None:
 
 
 def test_implementations_are_those_that_would_run(tmp_path: Path) -> None:
-    chosen = plan(study(tmp_path, ARMS), device="cpu").implementations
+    chosen = plan(study(tmp_path, ARMS.replace("seq_len: 32", "seq_len: 4096")), device="cpu").implementations
     assert chosen["retnet"].keys() >= {"decay_attention", "dense_fuse", "rotate"}
     assert chosen["mamba"].keys() >= {"selective_scan", "causal_conv1d", "dense_fuse"}
     model = study(tmp_path, ARMS).cell("mamba", 0).model.build(256).initialise(0)
     import torch
 
-    ids = torch.zeros(1, 32, dtype=torch.long)
-    model.loss(ids, ids)
-    assert {name: chosen["mamba"][name] for name in model.ran} == model.ran
+    for tokens in (32, 512):  # A rehearsal is of few tokens, whatever the study's sequences have.
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        model.loss(ids, ids)
+        assert {name: chosen["mamba"][name] for name in model.ran} == model.ran
+
+
+def test_implementations_of_long_sequences_take_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dense_lab.model import LanguageModel
+
+    lengths, loss = [], LanguageModel.loss
+    monkeypatch.setattr(
+        LanguageModel, "loss", lambda m, ids, *rest: lengths.append(ids.shape[1]) or loss(m, ids, *rest)
+    )
+    plan(study(tmp_path, ARMS.replace("seq_len: 32", "seq_len: 4096")), device="cpu")
+    assert lengths == [REHEARSED, REHEARSED]
 
 
 @pytest.mark.parametrize(
