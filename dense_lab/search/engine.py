@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dense_lab.ablation.cells import CellPlan
 from dense_lab.errors import InputError, MachineError
 from dense_lab.files import FileLock, read_json
-from dense_lab.results import StudyResults, TrialView, read_study
+from dense_lab.results import TRIALS, StudyResults, TrialView, read_study
 from dense_lab.search import data, looking, manifest, process, storage
 from dense_lab.search import ledger as book
 from dense_lab.search import reuse as shelves
@@ -27,6 +27,7 @@ from dense_lab.search.supervise import Supervisor
 from dense_lab.search.worker import Job, Train
 from dense_lab.tracking.place import NONE, default_uri, pending
 from dense_lab.units import counted
+from dense_lab.urls import masked
 
 if TYPE_CHECKING:
     from dense_lab.space import Study
@@ -118,6 +119,18 @@ def search(
         lock.release()
 
 
+def _check_known(folder: Path, ledger: Ledger, url: str) -> None:
+    """Raise InputError when `folder` holds trials that the ledger has never heard of: it would number others like them."""
+    known = len(ledger.trials())
+    unknown = [trial for trial in (folder / TRIALS).glob("[0-9]*") if trial.name.isdigit() and int(trial.name) >= known]
+    if unknown:
+        raise InputError(
+            f"{folder}: {masked(url)} knows of {counted(known, 'trial')}, {TRIALS}/ holds {len(unknown)} more: the "
+            f"database was lost or replaced. Put it back; or move {folder.name} away, and let a new study take over what "
+            "is finished: --reuse WHERE-IT-IS-NOW"
+        )
+
+
 class _Search:
     def __init__(self, study: Study, folder: Path, options: Options) -> None:
         self.space, self.folder, self.options = study, folder, options
@@ -132,6 +145,7 @@ class _Search:
         digest = read_json(folder / manifest.MANIFEST)["digest"]
         url, shared = options.storage or storage.default_url(folder), options.storage is not None
         self.ledger = Ledger(*storage.create_study(url, study.name, study.search.objective, digest), shared=shared)
+        _check_known(folder, self.ledger, url)
         gpus = process.visible_gpus(os.environ) if options.train is None else ()
         self.job = Job(
             index=0,

@@ -27,6 +27,19 @@ def test_trials_are_the_total_and_a_complete_study_trains_nothing(tmp_path):
     assert sorted(calls(tmp_path / "s")) == ["0000", "0001", "0002", "0003", "0004"]
 
 
+def test_trials_that_a_lost_database_knew_are_not_taken_for_others(tmp_path):
+    space = study(tmp_path, CONTINUOUS, "trials: 2")
+    Here(space, tmp_path / "s", train).run()
+    for file in (tmp_path / "s").glob("*.db*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"knows of 0 trials, trials/ holds 2 more.*--reuse"):
+        Here(space, tmp_path / "s", train)
+    (tmp_path / "s").rename(tmp_path / "old")
+    again = Here(space, tmp_path / "s", train, reuse=[tmp_path / "old"])
+    assert again.run().results.complete
+    assert calls(again.folder) == []
+
+
 def test_values_told_are_those_of_the_files(tmp_path):
     here = Here(study(tmp_path, CONTINUOUS, "trials: 3"), tmp_path / "s", train)
     outcome = here.run()
