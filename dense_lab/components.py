@@ -153,7 +153,10 @@ class Tokenizer(Component):
 
     @abstractmethod
     def fit(self, documents: Sequence[bytes]) -> Encoder:
-        """What turns text into tokens, learned from the training split's documents (UTF-8) alone; deterministic."""
+        """What turns text into tokens, learned from the training split's documents (UTF-8) alone; deterministic.
+
+        Before it takes long, it says so by `logging.getLogger("dense_lab").info`: commands print that.
+        """
 
 
 class Slot:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,13 @@ COMMANDS = {
     "ui": "Browse a study's MLflow store.",
 }
 """Name and one-line help of each command; its module is `dense_lab.cli.<name>`, its function `command`."""
+
+
+class _Notices(logging.Handler):
+    """Says on standard error what takes long, such as training a tokenizer, before it starts."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), err=True)
 
 
 class _Commands(click.Group):
@@ -76,6 +84,10 @@ def group(plugins: tuple[Path, ...]) -> None:
 
     Exit codes: 0 ok, 1 a run failed, 2 bad input, 3 something is wrong with the machine.
     """
+    log = logging.getLogger("dense_lab")
+    if not any(isinstance(handler, _Notices) for handler in log.handlers):
+        log.addHandler(_Notices())
+        log.setLevel(logging.INFO)
     if plugins:
         from dense_lab import registry
 

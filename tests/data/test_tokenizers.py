@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from pydantic import ValidationError
 
+from dense_lab.cli import group
 from dense_lab.errors import MachineError
 from dense_lab_plugins.data.text import Text
 from dense_lab_plugins.tokenizers import bpe
@@ -54,6 +56,16 @@ def test_training_is_repeatable_and_cached(cache: Path) -> None:
         path.unlink()
     assert np.array_equal(BPE(vocab=400).fit(DOCUMENTS).encode(DOCUMENTS), tokens)
     assert {path.name for path in cache.iterdir()} == set(files)
+
+
+def test_training_is_announced_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("to be, or not to be: " * 2000)
+    source = f"{{kind: text, path: {tmp_path / 'a.txt'}, seq_len: 4, tokenizer: {{kind: bpe, vocab: 280}}}}"
+    (tmp_path / "s.yaml").write_text(f"dense_lab: 1\ndata: {source}")
+    first, again = (CliRunner().invoke(group, ["check", str(tmp_path / "s.yaml"), "--json"]) for _ in range(2))
+    assert first.stderr == "training a tokenizer of 280 entries on 0.0378 MB of text, once\n"
+    assert again.stderr == ""
+    assert json.loads(first.stdout)["valid"]
 
 
 def test_only_training_text_is_learned(tmp_path: Path, cache: Path) -> None:

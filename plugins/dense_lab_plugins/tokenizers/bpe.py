@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ CACHE_VARIABLE = "DENSE_LAB_CACHE"
 """Folder for trained tokenizers and encoded text; by default `dense-lab` in the user's cache folder."""
 END = "<|end|>"
 """Ends a document; token 0."""
+_log = logging.getLogger("dense_lab")
 _PIECE = 1 << 10
 """Characters after which a document is cut at the next line end: many small pieces are encoded in parallel."""
 
@@ -47,6 +49,8 @@ class BPE(Tokenizer):
         from tokenizers import Tokenizer as Model
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
+        size = sum(map(len, documents)) / 1e6
+        _log.info("training a tokenizer of %d entries on %.3g MB of text, once", self.vocab, size)
         model = Model(models.BPE())
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         model.decoder = decoders.ByteLevel()
