@@ -3,6 +3,7 @@
     python benchmarks/ops_selective_scan.py            # shapes, sources, kernels, first call with an empty cache
     python benchmarks/ops_selective_scan.py --quick    # the first shape, and its kernels
     python benchmarks/ops_selective_scan.py --sweep    # launch choices, to check the rule
+    python benchmarks/ops_selective_scan.py --first-call  # only the first call, twice, and where the time of one goes
 
 Milliseconds are medians: forward of replayed graphs, with the spread from the 10th to the 90th percentile; forward +
 backward over CUDA events, from the 20th to the 80th.
@@ -17,11 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from bandwidth import graphed
+from first_call import Span, report, traced
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from triton.testing import do_bench
@@ -126,26 +129,30 @@ def kernels(run: Callable[[], Tensor], leaves: list[Tensor]) -> None:
     print("    " + ", ".join(f"{name} {sum(spent):.3f} ({len(spent) // 5} x)" for name, spent in parts), flush=True)
 
 
-def first_call() -> None:
-    """In a process and a cache of its own: import, then forward and backward at two shapes."""
-    code = (
-        "import time, torch\n"
-        "from dense_lab_kernels.selective_scan import selective_scan\n"
-        "from ops_selective_scan import draw, leaves_of\n"
-        "torch.cuda.synchronize()\n"
-        "for shape in ((8, 512, 512, 16), (8, 768, 640, 16), (8, 512, 500, 16), (8, 500, 512, 16)):\n"
-        "    x = draw(*shape); torch.cuda.synchronize(); t = time.perf_counter()\n"
-        "    y = selective_scan(**x, impl='triton').output\n"
-        "    torch.cuda.synchronize(); f = time.perf_counter() - t\n"
-        "    y.float().sum().backward(); torch.cuda.synchronize()\n"
-        "    both = time.perf_counter() - t\n"
-        "    print(f'first call at {shape}: forward {f:.2f} s, with backward {both:.2f} s', flush=True)\n"
-    )
-    here = os.path.dirname(os.path.abspath(__file__))
-    path = os.pathsep.join([here, *sys.path])
+def first_call(option: str = "--first-call-here") -> None:
+    """`first_call_here` in a process and a cache of its own."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": path}
-        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run([sys.executable, __file__, option], env=environment, check=True)
+
+
+def first_call_here(trace: AbstractContextManager[list[Span]]) -> None:
+    """Forward, then backward, at four shapes, imports not counted; what the first of them spent its time on."""
+    torch.cuda.synchronize()
+    for shape in ((8, 512, 512, 16), (8, 768, 640, 16), (8, 512, 500, 16), (8, 500, 512, 16)):
+        inputs = draw(*shape)
+        torch.cuda.synchronize()
+        with trace as spans:
+            start = time.perf_counter()
+            output = ours(inputs)()
+            torch.cuda.synchronize()
+            forward = time.perf_counter() - start
+            output.float().sum().backward()
+            torch.cuda.synchronize()
+            whole = time.perf_counter() - start
+        print(f"first call at {shape}: forward {forward:.2f} s, with backward {whole:.2f} s", flush=True)
+        report(spans, start)
+        trace = nullcontext([])
 
 
 def flat_of(inputs: dict[str, Any]) -> tuple[Tensor | None, ...]:
@@ -194,8 +201,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--first-call", action="store_true")
+    parser.add_argument("--first-call-here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--first-call-traced", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    if chosen.first_call_here or chosen.first_call_traced:
+        first_call_here(traced() if chosen.first_call_traced else nullcontext([]))
+        return
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
+    if chosen.first_call:
+        for option in ("--first-call-here", "--first-call-here", "--first-call-traced"):
+            first_call(option)
+        return
     if chosen.sweep:
         sweep()
         return

@@ -17,14 +17,24 @@ class Compilations:
         self._pool = pool
         self._started: list[Future[Any]] = []
 
-    def start(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Have `work` done meanwhile."""
+    def start(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Have `work` done meanwhile; it may wait for what was started before it."""
         self._started.append(self._pool.submit(work, *arguments))
+        return self._started[-1]
 
     def finish(self) -> None:
         """Wait; raises what a compilation raised."""
         for future in self._started:
             future.result()
+
+
+@contextmanager
+def side_by_side() -> Iterator[Compilations]:
+    """What is started within the block is done when it ends. Raises what a compilation raised."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        compilations = Compilations(pool)
+        yield compilations
+        compilations.finish()
 
 
 _current: ContextVar[Compilations | None] = ContextVar("dense_lab_kernels_ahead", default=None)
@@ -42,11 +52,9 @@ def compiling_ahead() -> Iterator[None]:
     One operation after the other would wait for its own kernels; after this all are there, in the time of the slowest.
     For other implementations it changes nothing. Raises what a compilation raised.
     """
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        compilations = Compilations(pool)
+    with side_by_side() as compilations:
         token = _current.set(compilations)
         try:
             yield
         finally:
             _current.reset(token)
-        compilations.finish()

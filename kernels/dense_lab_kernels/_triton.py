@@ -16,14 +16,14 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from dense_lab_kernels import _ahead
+from dense_lab_kernels import _ahead, _early
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED_PROCESSORS = 2  # few, so that tiny test shapes still walk the loops of persistent programs
@@ -119,21 +119,33 @@ def compile_once(key: Hashable, launches: Callable[[], Iterable[Launch]]) -> Non
     with _compiling:
         if key in _compiled:
             return
-        device = torch.cuda.current_device()
-
-        def compile_one(launch: Launch) -> None:
-            with torch.cuda.device(device):
-                compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
-                _ = compiled.run  # Builds the launcher and loads the binary, which would else happen one by one.
-
         ahead = _ahead.current()
         if ahead is not None:
-            for work in launches():
-                ahead.start(compile_one, work)
+            _compile(launches, ahead.start)
         else:
-            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-                list(pool.map(compile_one, launches()))
+            with _ahead.side_by_side() as compilations:
+                _compile(launches, compilations.start)
         _compiled.add(key)
+
+
+def _compile(launches: Callable[[], Iterable[Launch]], start: _early.Start) -> None:
+    """Have `launches()` compiled in threads, behind what they wait for."""
+    device = torch.cuda.current_device()
+
+    def compile_one(launch: Launch, *needed: Future[Any] | None) -> None:
+        with torch.cuda.device(device):
+            own, launcher = needed
+            _ = own and own.result()
+            compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
+            _ = launcher and launcher.result()
+            _ = compiled.run  # Builds the launcher and loads the binary, which would else happen one by one.
+
+    cache_key = _early.begin(start)
+    with _early.WithoutMemory():
+        found = list(launches())
+    launchers = [_early.launcher(start, *launch) for launch in found]
+    for launch, launcher in reversed(list(zip(found, launchers, strict=True))):  # Backward kernels take longest.
+        start(compile_one, launch, cache_key, launcher)
 
 
 _MOST_BINARIES = 4096  # remembered launches; each length of a sequence is one of its own
