@@ -2,7 +2,7 @@
 
 Left alone, each kernel waits for everything before it: Triton builds the C code of its driver, reads its own 400 MB for
 the key of its cache, compiles the kernel, then builds the C code of the kernel's launcher. But compilation asks the
-driver only for the kind of GPU, and a launcher depends on the kernel's signature alone: all of it can go on side by side.
+driver only for the kind of GPU, and a launcher depends on the kernel's signature alone: all can go side by side.
 Where Triton's insides are not as expected, nothing here happens and Triton does as it always does.
 """
 
@@ -107,8 +107,19 @@ def begin(start: Start) -> Future[Any] | None:
         coming = _DriverToCome()
         config.set_active(coming)
         start(coming.build)
+    start(_quietly, _ask_for_versions)
     key = getattr(triton.runtime.cache, "triton_key", None)
     return None if key is None else start(_quietly, key)
+
+
+def _ask_for_versions() -> None:
+    """Triton starts ptxas twice to ask for its version."""
+    triton.compiler.make_backend(triton.runtime.driver.active.get_current_target()).hash()
+
+
+def read(kernel: Any) -> None:
+    """Have Triton read a kernel and what it calls, for its share of the cache's key, while it hashes its own files."""
+    _quietly(getattr, kernel, "cache_key")
 
 
 def signature_of(kernel: Any, arguments: tuple[Any, ...], options: Any) -> dict[str, Any]:

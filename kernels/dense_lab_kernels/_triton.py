@@ -144,6 +144,8 @@ def _compile(launches: Callable[[], Iterable[Launch]], start: _early.Start) -> N
     with _early.WithoutMemory():
         found = list(launches())
     launchers = [_early.launcher(start, *launch) for launch in found]
+    for launch in found:
+        _early.read(launch.kernel)
     for launch, launcher in reversed(list(zip(found, launchers, strict=True))):  # Backward kernels take longest.
         start(compile_one, launch, cache_key, launcher)
 

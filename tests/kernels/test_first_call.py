@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -166,7 +167,7 @@ def test_the_driver_is_built_once_by_whoever_comes_first(monkeypatch: pytest.Mon
     monkeypatch.setattr(triton.runtime.cache, "triton_key", lambda: "key", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     later: list[Any] = []
-    key = _early.begin(lambda work, *arguments: later.append(work) if not arguments else at_once(work, *arguments))
+    key = _early.begin(lambda work, *arguments: at_once(work, *arguments) if arguments else later.append(work))
     assert key is not None
     assert key.result() == "key"
     coming = config._active
@@ -202,6 +203,8 @@ def test_every_launch_is_compiled_and_a_failure_is_raised(monkeypatch: pytest.Mo
     monkeypatch.setattr(_early, "begin", lambda start: None)
     _triton.compile_once("fine", lambda: [_triton.Launch(Kernel(name), (), {}) for name in "abc"])
     assert sorted(compiled) == ["a", "b", "c"]
+    assert gc.isenabled()
     with pytest.raises(ValueError, match="no such type"):
         _triton.compile_once("broken", lambda: [_triton.Launch(Kernel("broken"), (), {})])
+    assert gc.isenabled()
     assert _triton._compiled == {"fine"}
