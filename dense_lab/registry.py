@@ -21,6 +21,7 @@ import pluggy
 
 from dense_lab import __version__, hookspecs
 from dense_lab.errors import InputError, did_you_mean
+from dense_lab.loose import LOOSE
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -226,7 +227,7 @@ def load(files: tuple[Path, ...] = (), points: tuple[EntryPoint, ...] | None = N
             continue
         _load_one(registry, plugin, point.load)
     for file in files:
-        plugin = Plugin(file.name, "loose file")
+        plugin = Plugin(file.name, LOOSE)
         registry.plugins.append(plugin)
         _load_one(registry, plugin, functools.partial(_import_file, file))
         if plugin.error:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dense_lab.errors import Problem
+from dense_lab.loose import LOOSE
 from dense_lab.space_tree import Leaf, Origins
 
 
@@ -103,6 +104,8 @@ def _open_value(entry: Mapping[str, Any]) -> str:
 def difference(path: str, before: str | None, after: str | None, name: str) -> str:
     """What to say of a path at which two studies differ."""
     text = f"{before or 'absent'} when study {name!r} began, {after or 'absent'} now"
+    if before == LOOSE:
+        return f"{text}: give --{path} before the command, or give the study a new name"
     if path.startswith("plugin "):
         return f"{text}: install that version again, or give the study a new name"
     if before is None or "one of" in before:

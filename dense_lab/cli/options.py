@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from dense_lab.errors import InputError
+from dense_lab.errors import InputError, Problem
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dense_lab.study import RunSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
+RUNS, RUNS_VARIABLE = Path("runs"), "DENSE_LAB_RUNS"
 
 study_argument = click.argument("study", type=click.Path(path_type=Path), metavar="STUDY.yaml")
 overrides = click.option(
@@ -34,8 +36,8 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 runs = click.option(
     "--runs",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("runs"),
-    envvar="DENSE_LAB_RUNS",
+    default=RUNS,
+    envvar=RUNS_VARIABLE,
     show_default=True,
     help="Folder that holds one folder for each study. Also $DENSE_LAB_RUNS.",
 )
@@ -62,12 +64,24 @@ def nothing_collected() -> Iterator[None]:
             gc.enable()
 
 
-def load_study(path: Path, overrides: Sequence[str]) -> Study:
-    """The study of a YAML file with `--set` overrides applied; raises InputError."""
+def load_study(path: Path, overrides: Sequence[str], runs: Path | None = None) -> Study:
+    """The study of a YAML file with `--set` overrides applied.
+
+    Raises InputError, which tells of a loose plugin that the study in `runs` (as of the option) was begun with.
+    """
+    from dense_lab import registry
+    from dense_lab.loose import missing
+    from dense_lab.runs import SINGLE
     from dense_lab.space import Study
     from dense_lab.space_set import split_override
 
-    return Study.load(path, [split_override(text) for text in overrides])
+    changed = [split_override(text) for text in overrides]
+    try:
+        return Study.load(path, changed)
+    except InputError as error:
+        folder = (runs or Path(os.environ.get(RUNS_VARIABLE) or RUNS)) / _name(path)
+        hint = missing(registry.default(), folder, folder / SINGLE)
+        raise InputError([*error.problems, *([Problem(hint)] if hint else [])]) from None
 
 
 def study_folder(study: Path, runs: Path) -> Path:
@@ -84,9 +98,12 @@ def study_folder(study: Path, runs: Path) -> Path:
 
 
 def _name(study: Path) -> str:
+    """Of a study by its name, folder or file, whether what the file says is valid or not."""
+    from dense_lab import yaml_file
+
     if study.suffix not in {".yaml", ".yml"}:
         return study.name
-    return load_study(study, ()).name if study.exists() else study.stem
+    return str(yaml_file.load(study).tree.get("name", study.stem)) if study.exists() else study.stem
 
 
 def study_or_run(study: Path, runs: Path) -> StudyResults:

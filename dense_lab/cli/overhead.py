@@ -52,7 +52,7 @@ def command(
     from dense_lab.files import write_json
 
     if study.suffix in {".yaml", ".yml"}:
-        loaded = options.load_study(study, overrides)
+        loaded = options.load_study(study, overrides, runs)
         folder, found = runs / loaded.name, overhead.runs_of(loaded)
     else:
         folder = options.study_folder(study, runs)

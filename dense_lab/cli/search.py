@@ -64,7 +64,7 @@ def command(
 
     Ctrl-C once stops cleanly. A worker that dies loses nothing: its trial is run again.
     """
-    loaded = options.load_study(study, overrides)
+    loaded = options.load_study(study, overrides, runs)
     loaded.check_sizes()
     from dense_lab.search import search
 

@@ -32,7 +32,7 @@ def command(study: Path, overrides: tuple[str, ...], device: str, runs: Path, as
     from dense_lab.speeds import corpus
     from dense_lab.units import counted, human
 
-    loaded = options.load_study(study, overrides)
+    loaded = options.load_study(study, overrides, runs)
     data.prepare(loaded, corpus)
     found = plan(loaded, runs / loaded.name, device)
     if as_json:

@@ -36,7 +36,7 @@ def command(
 
     Open values must be closed with --set. Use `search` for studies.
     """
-    loaded = options.load_study(study, overrides)
+    loaded = options.load_study(study, overrides, runs)
     _check_single(study, loaded)
     spec = loaded.point({})
     from dense_lab.runs import SINGLE, sign

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dense_lab.errors import InputError, did_you_mean
 from dense_lab.files import read_json
+from dense_lab.loose import missing
 from dense_lab.registry import Registry
 from dense_lab.results import TRIALS, StudyResults, TrialView, read_study, read_trial
 from dense_lab.runs import SINGLE
@@ -73,8 +74,11 @@ def stored_spec(trial: TrialView, registry: Registry) -> RunSpec:
         first = error.errors()[0]
         path = ".".join(map(str, first["loc"]))
         plugins = ", ".join(f"{name} {version}" for name, version in trial.spec.get("plugins", {}).items())
+        study = (trial.folder.parent.parent,) if trial.folder and trial.folder.parent.name == TRIALS else ()
+        hint = missing(registry, *study, *filter(None, [trial.folder]))
         raise InputError(
-            f"{trial.folder}/spec.json: {path}: {first['msg']}. It was written with {plugins}: install these versions"
+            f"{trial.folder}/spec.json: {path}: {first['msg']}. It was written with {plugins}"
+            + (f". {hint}" if hint else ": install these versions")
         ) from None
 
 

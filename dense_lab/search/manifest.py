@@ -11,6 +11,7 @@ from dense_lab.ablation import cells
 from dense_lab.ablation.frozen import extended
 from dense_lab.errors import InputError
 from dense_lab.files import read_json, write_json, write_text
+from dense_lab.loose import FILES
 from dense_lab.search.plan import Plan
 from dense_lab.urls import masked
 
@@ -64,6 +65,7 @@ def write(study: Study, folder: Path, plan: Plan | CellPlan, *, storage: str | N
         "pruner": study.search.pruner,
         "storage": masked(storage) if storage else None,
         "mlflow": mlflow,
+        FILES: [str(file) for file in study.registry.files],
     }
     meant = study.freeze()
     frozen = {key: old[key] for key in old if key not in resources} or {
