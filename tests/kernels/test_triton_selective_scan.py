@@ -139,9 +139,24 @@ def test_spans(m: int, site: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
     from dense_lab_kernels.selective_scan import triton
 
     rule = triton._make_plan
-    monkeypatch.setattr(triton, "_make_plan", lambda *sizes, **options: rule(*sizes, **options)._replace(span=3))
+    changes = {"span": 3, "back": 1 << 30}
+    monkeypatch.setattr(triton, "_make_plan", lambda *sizes, **options: rule(*sizes, **options)._replace(**changes))
     tokens = (5 if INTERPRETED else 16) * (8 if m == 0 else 4) - 3
     check(make((1, tokens, 6, 2) if INTERPRETED else (2, tokens, 80, 16), m=m), dtype, site=site)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize(("m", "forward"), [(0, "cut"), (0, "whole"), (1, "cut"), (2, "whole")])
+def test_spans_of_segments(m: int, forward: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tiles a program of the gradients, and segments of the walk back that are two programs long."""
+    from dense_lab_kernels.selective_scan import triton
+
+    rule, tile = triton._make_plan, 8 if m == 0 else 4
+    kept = 4 * tile if INTERPRETED else 64
+    monkeypatch.setattr(triton, "_KEPT", kept)
+    changes = {"span": 2, "back": kept} | ({"segment": 100 * kept} if forward == "whole" else {"segment": kept})
+    monkeypatch.setattr(triton, "_make_plan", lambda *sizes, **options: rule(*sizes, **options)._replace(**changes))
+    check(make((1, 5 * kept // 2 - 3, 3, 2) if INTERPRETED else (2, 5 * kept // 2 - 3, 80, 16), m=m), dtype)
 
 
 def test_rows_of_a_wider_tensor() -> None:

@@ -67,6 +67,7 @@ class Plan(NamedTuple):
     tile: int  # tokens walked or replayed at a time
     stages: int  # tiles that a walk fetches ahead, the present one included
     segment: int  # tokens of a walk
+    back: int  # tokens of a walk back
     span: int  # tiles of which one program gives all gradients
     limit: int | None  # registers of one of its threads, where it works on 16 bits
 
@@ -87,19 +88,39 @@ class Plan(NamedTuple):
     def spans(self) -> int:
         return math.ceil(self.tiles / self.span)
 
+    @property
+    def walks_back(self) -> int:
+        return math.ceil(self.tokens / self.back)
+
+    @property
+    def spans_back(self) -> int:
+        """Spans of a segment of the walk back."""
+        return self.spans if self.walks_back == 1 else self.back // self.tile // self.span
+
+    @property
+    def coupled(self) -> bool:
+        """Whether gradients of states are handed from one stream to another."""
+        return self.carried and self.sources > 0
+
+    @property
+    def passed(self) -> bool:
+        """Whether `gradients` adds to a tile what the segments behind its own pass on."""
+        return self.walks_back > 1 and not self.coupled
+
     def states_of(self, pieces: int) -> tuple[int, ...]:
         return (self.sources + 1, self.batch, pieces, self.states, self.channels)
 
     def flags(self) -> dict[str, Any]:
-        return {"CARRIED": self.carried and self.sources > 0, "SOFTPLUS": self.softplus, "NP": self.padded_states}
+        return {"CARRIED": self.coupled, "SOFTPLUS": self.softplus, "NP": self.padded_states}
 
 
 def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units: int, **options: bool) -> Plan:
     """Launch rules for a chip with `units` processors.
 
     A program is one warp. A thread that walks holds up to 16 states of a stream; the chip wants two walking warps per
-    processor or more, so shorter work is cut in segments, which costs every decay once more. Programs that give the
-    gradients are many: about 160 per processor; each span of tiles has sums of A of its own.
+    processor or more, so shorter work is cut in segments, which costs every decay once more (on the way back only where
+    streams are coupled). Programs that give the gradients are many: about 160 per processor; each span of tiles has
+    sums of A of its own, and lies within one segment.
     """
     batch, tokens, channels = shape
     padded = max(4, triton.next_power_of_2(states))
@@ -115,9 +136,17 @@ def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units:
     spans = max(1, min(tiles, max(64, 512 // batch), math.ceil(160 * units / programs)))
     return Plan(
         batch, tokens, channels, states, padded, groups, sources, **options,
-        block=block, tile=tile, stages=3, segment=segment, span=math.ceil(tiles / spans),
-        limit={0: 128, 1: 168}.get(sources),
+        block=block, tile=tile, stages=3, segment=segment, back=segment,
+        span=_span(tiles, spans, segment // tile if segments > 1 else tiles), limit={0: 128, 1: 168}.get(sources),
     )  # fmt: skip
+
+
+def _span(tiles: int, spans: int, segment: int) -> int:
+    """Tiles of a span, of which there shall be about `spans`, and a whole number in a segment of so many tiles."""
+    span = math.ceil(tiles / spans)
+    if segment >= tiles:
+        return span
+    return max(part for part in range(1, segment + 1) if segment % part == 0 and part <= 4 * span / 3)
 
 
 def _run(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **options: Any) -> None:
@@ -218,70 +247,118 @@ def _run_forward(plan: Plan, inputs: _Inputs, first: Tensor, *, keep: bool) -> t
     return out, last[:, :, -1], saved
 
 
+class _Passed(NamedTuple):
+    """What the walk back leaves to `gradients`."""
+
+    ends: Tensor  # [m + 1, B, tiles, N, D]: gradients of the states after every tile
+    entry: Tensor  # [m + 1, B, segments, N, D]: what they lack, from the segments behind
+    rest: Tensor  # [m + 1, B, tiles, D]: over how many steps
+
+
 def _adjoint(
-    plan: Plan, inputs: _Inputs, grad: Tensor, final: Tensor, saved: dict[str, Tensor]
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of z, of the states after every tile, and of the initial states."""
-    device = grad.device
+    plan: Plan, inputs: _Inputs, grad: Tensor, final: Tensor, saved: dict[str, Tensor], ends: Tensor
+) -> tuple[Tensor | None, _Passed, Tensor]:
+    """Gradients of z, of the states after every tile (into `ends`), and of the initial states.
+
+    A walk from zero over each of several segments is enough: `gradients` adds to the end of a tile what enters its
+    segment, decayed once. Streams that are coupled take a second walk, from what enters.
+    """
+    device, segments = grad.device, plan.states_of(plan.walks_back)
     dz = torch.empty(grad.shape, dtype=inputs.z.dtype, device=device) if plan.gated else None
-    ends = _room(plan.states_of(plan.tiles), gradients.SLOTS * plan.channels, device)
     tokens = (*inputs.dt, *inputs.gates, grad, *((inputs.z, saved["raw"]) if plan.gated else ()))
     tables = inputs.shared[-1:]
 
-    def walk(entry: Tensor, last: Tensor, output: bool) -> None:
+    def walk(entry: Tensor, last: Tensor, output: bool, sums: tuple[Tensor, Tensor] | None = None) -> None:
         inputs.run(
-            backward.adjoint, _walk_grid(plan, plan.segments),
+            backward.adjoint, _walk_grid(plan, plan.walks_back),
             tokens, _strides(tokens), tables, _shared_strides(tables, plan.groups), inputs.A, inputs.bias,
-            entry, dz if plan.gated else grad, ends, last, last,
-            plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.segment,
-            **plan.flags(), HAS_Z=plan.gated, OUTPUT=output, SUMS=False, M=plan.sources,
+            entry, dz if plan.gated else grad, ends, last, *(sums or (last, last)),
+            plan.tokens, plan.channels, plan.states, plan.channels // plan.groups, plan.back,
+            **plan.flags(), HAS_Z=plan.gated, OUTPUT=output, SUMS=sums is not None, M=plan.sources,
             BLOCK=plan.block, TILE=plan.tile, STAGES=plan.stages, num_warps=1,
         )  # fmt: skip
 
-    entry = final.unsqueeze(2)
-    if plan.segments > 1:
-        entry = torch.empty(plan.states_of(plan.segments), device=device)
-        walk(torch.zeros_like(entry), entry, False)
-        _join(plan, inputs, entry, saved["crossed"], saved["spans"], final.clone(), "backward")
-    last = torch.empty_like(entry)
-    walk(entry, last, True)
-    return dz, ends, last[:, :, 0]
+    if not plan.passed:
+        entry = final.unsqueeze(2)
+        if plan.walks_back > 1:
+            entry = torch.empty(segments, device=device)
+            walk(torch.zeros_like(entry), entry, False)
+            _join(plan, inputs, entry, saved["crossed"], saved["spans"], final.clone(), "backward")
+        last = torch.empty_like(entry)
+        walk(entry, last, True)
+        return dz, _Passed(ends, last, last), last[:, :, 0]
+    last, initial = torch.empty(segments, device=device), final.clone()
+    spans, rest = (
+        torch.empty((plan.sources + 1, plan.batch, count, plan.channels), device=device)
+        for count in (plan.walks_back, plan.tiles)
+    )
+    walk(torch.zeros_like(last), last, True, (spans, rest))
+    _join(plan, inputs, last, last, spans, initial, "backward")
+    return dz, _Passed(ends, last, rest), initial
 
 
-def _room(shape: tuple[int, ...], spare: int, device: torch.device) -> Tensor:
-    """An empty tensor with `spare` zeros behind it that may be read: `gradients` fetches ahead of its last tile."""
+def _room(shape: tuple[int, ...], spare: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """An empty tensor; and `spare` numbers behind it, to be zeros, that `gradients` fetches beyond its last tile."""
     size = math.prod(shape)
     room = torch.empty(size + spare, device=device)
-    room[size:] = 0
-    return room[:size].view(shape)
+    return room[:size].view(shape), room[size:]
 
 
-def _restore(plan: Plan, inputs: _Inputs, kept: Tensor, restored: Tensor) -> None:
-    """States before every tile, from those kept by the forward."""
-    _walk(plan, inputs, kept, {"kept": restored}, segment=_KEPT, every=plan.tile)
+class _Prepared(NamedTuple):
+    """What `gradients` needs and the walk back does not."""
+
+    kept: Tensor  # [m + 1, B, tiles, N, D]: states before every tile
+    tables: Tensor  # [m + 2, B, G, N, T padded to whole tiles]: every B, and C, with the tokens side by side
+    dA: Tensor  # [m + 1, spans * B, N, D], zeros
 
 
 def _walked_both_ways(
     plan: Plan, inputs: _Inputs, grad: Tensor, final: Tensor, saved: dict[str, Tensor]
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Gradients of z, of the states after every tile and of the initial states; and the states before every tile.
+) -> tuple[tuple[Tensor | None, _Passed, Tensor], _Prepared]:
+    """What `_adjoint` returns, and the rest of what `gradients` needs.
 
-    The walk back has few programs, which wait most of the time: on a GPU the states are restored beside it.
+    The walk back has few programs, which wait most of the time: on a GPU all that it does not need is made beside it.
     """
-    restored = _room(plan.states_of(plan.tiles), gradients.SLOTS * plan.channels, grad.device)
-    if grad.device.type != "cuda":
-        _restore(plan, inputs, saved["kept"], restored)
-        return *_adjoint(plan, inputs, grad, final, saved), restored
-    main, side = torch.cuda.current_stream(grad.device), _side_stream(grad.device)
+    device, padded = grad.device, plan.tiles * plan.tile
+    spare = gradients.SLOTS * plan.channels
+    ends, ends_spare = _room(plan.states_of(plan.tiles), spare, device)
+    kept, kept_spare = _room(plan.states_of(plan.tiles), spare, device)
+    shape = (plan.sources + 2, plan.batch, plan.groups, plan.states, padded)
+    tables, tables_spare = _room(shape, gradients.SLOTS * (padded + _TILE), device)
+    dA = torch.empty((plan.sources + 1, plan.spans * plan.batch, plan.states, plan.channels), device=device)
+    prepared = _Prepared(kept, tables, dA)
+
+    def prepare() -> None:
+        _walk(plan, inputs, saved["kept"], {"kept": kept}, segment=_KEPT, every=plan.tile)
+        _fill(plan, inputs, prepared, (ends_spare, kept_spare, tables_spare))
+
+    return _side_by_side(lambda: _adjoint(plan, inputs, grad, final, saved, ends), prepare, device), prepared
+
+
+def _side_by_side(work: Callable[[], Any], other: Callable[[], None], device: torch.device) -> Any:
+    """What `work` returns. On a GPU `other`, which allocates nothing, has a stream of its own beside it."""
+    if device.type != "cuda":
+        other()
+        return work()
+    main, side = torch.cuda.current_stream(device), _side_stream(device)
     begun = main.record_event()
-    walked = _adjoint(plan, inputs, grad, final, saved)
+    result = work()
     side.wait_event(begun)
     try:
         with torch.cuda.stream(side):
-            _restore(plan, inputs, saved["kept"], restored)
+            other()
     finally:  # Its memory is not given back while it is written.
         main.wait_stream(side)
-    return *walked, restored
+    return result
+
+
+def _fill(plan: Plan, inputs: _Inputs, prepared: _Prepared, zeros: tuple[Tensor, ...]) -> None:
+    for tensor in (*zeros, prepared.dA, prepared.tables[..., plan.tokens :]):
+        tensor.zero_()
+    for table, tensor in zip(prepared.tables, inputs.shared, strict=True):
+        own = tensor.shape[2]
+        by_token = table.unflatten(1, (own, plan.groups // own))[..., : plan.tokens]
+        by_token.copy_(tensor.permute(0, 2, 3, 1).unsqueeze(2))
 
 
 @cache
@@ -289,48 +366,42 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _tables(plan: Plan, inputs: _Inputs) -> Tensor:
-    """Every B, and C, with the tokens side by side: [m + 2, B, G, N, T padded to whole tiles]."""
-    padded = plan.tiles * plan.tile
-    shape = (plan.sources + 2, plan.batch, plan.groups, plan.states, padded)
-    tables = _room(shape, gradients.SLOTS * (padded + _TILE), inputs.shared[0].device)
-    tables[..., plan.tokens :] = 0
-    for table, tensor in zip(tables, inputs.shared, strict=True):
-        own = tensor.shape[2]
-        table.unflatten(1, (own, plan.groups // own))[..., : plan.tokens] = tensor.permute(0, 2, 3, 1).unsqueeze(2)
-    return tables
-
-
 def _gradients(
-    plan: Plan, inputs: _Inputs, tensors: tuple[Tensor | None, ...], grad: Tensor, kept: Tensor, ends: Tensor
+    plan: Plan, inputs: _Inputs, tensors: tuple[Tensor | None, ...], grad: Tensor, passed: _Passed, prepared: _Prepared
 ) -> tuple[list[Tensor], ...]:
     """Gradients of every u, dt, A, B, dt_bias, of the gates; of C; of D."""
-    tables, device = _tables(plan, inputs), grad.device
+    tables, dA, device = prepared.tables, prepared.dA, grad.device
     rows = (*inputs.u, *inputs.dt, *inputs.gates)
     kind = rows[0].dtype if all(t.dtype == rows[0].dtype for t in rows) else torch.float32
+    like = [tensors[3], *(tensors[12 + 7 * i] for i in range(plan.sources)), tensors[4]]
+    final = all(t.dtype == kind and t.shape[2] == plan.groups for t in like)  # sums over channels are what is wanted
     streams, blocks = plan.sources + 1, math.ceil(plan.channels // plan.groups / _WARP)
     du, ddt = (torch.empty((streams, *grad.shape), dtype=kind, device=device) for _ in range(2))
     dgate = torch.empty((plan.sources, *grad.shape), dtype=kind, device=device)
-    sums = torch.empty((streams + 1, blocks, *tables.shape[1:]), device=device)
-    dA = torch.zeros((streams, plan.spans * plan.batch, plan.states, plan.channels), device=device)
+    sums = torch.empty((streams + 1, blocks, *tables.shape[1:]), dtype=kind if final else torch.float32, device=device)
     dchannel = torch.empty((streams + 1, plan.spans * plan.batch, plan.channels), device=device)
     tokens = (*rows, grad, *((inputs.z,) if plan.gated else ()))
     flags = plan.flags()
     del flags["NP"]
     inputs.run(
         gradients.gradients, (plan.groups * blocks, plan.batch, plan.spans),
-        tokens, _strides(tokens), tables, inputs.A, inputs.bias, inputs.skip, kept, ends,
+        tokens, _strides(tokens), tables, inputs.A, inputs.bias, inputs.skip, prepared.kept, *passed,
         du, ddt, dgate, sums, dA, dchannel, plan.tokens, plan.channels, plan.states, tables.shape[-1],
-        plan.channels // plan.groups, plan.groups, plan.span,
-        HAS_Z=plan.gated, HAS_SKIP=plan.skip, M=plan.sources, BLOCK=_WARP, TILE=plan.tile, SLOTS=gradients.SLOTS,
-        WHOLE=plan.channels // plan.groups % _WARP == 0, **flags,
+        plan.channels // plan.groups, plan.groups, plan.span, plan.spans_back,
+        PASSED=plan.passed, HAS_Z=plan.gated, HAS_SKIP=plan.skip, M=plan.sources, BLOCK=_WARP, TILE=plan.tile,
+        SLOTS=gradients.SLOTS, WHOLE=plan.channels // plan.groups % _WARP == 0, **flags,
         num_warps=1, maxnreg=None if kind == torch.float32 else plan.limit,
     )  # fmt: skip
-    totals = sums.sum(1)[..., : plan.tokens].permute(0, 1, 4, 2, 3)  # [m + 2, B, T, G, N]
-    like = [tensors[3], *(tensors[12 + 7 * i] for i in range(plan.sources)), tensors[4]]
-    *dB, dC = (_regroup(total, tensor) for total, tensor in zip(totals, like, strict=True))
-    dD, *dbias = dchannel.sum(1)
-    return list(du), list(ddt), list(dA.sum(1).mT), dB, dbias, list(dgate), [dC], [dD]
+    rates, by_channel = torch.empty_like(dA[:, 0]), torch.empty_like(dchannel[:, 0])
+
+    def sum_spans() -> None:
+        torch.sum(dA, 1, out=rates)
+        torch.sum(dchannel, 1, out=by_channel)
+
+    totals = _side_by_side(lambda: sums.sum(1), sum_spans, device)[..., : plan.tokens].permute(0, 1, 4, 2, 3)
+    *dB, dC = (_regroup(total, tensor) for total, tensor in zip(totals, like, strict=True))  # [B, T, G, N]
+    dD, *dbias = by_channel
+    return list(du), list(ddt), list(rates.mT), dB, dbias, list(dgate), [dC], [dD]
 
 
 def _regroup(total: Tensor, like: Tensor | None) -> Tensor:
@@ -396,8 +467,8 @@ def _run_backward(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the flat arguments, from those of the output and the final states."""
     final = _first_states(plan, list(finals), grad.device)
-    dz, ends, initial, kept = _walked_both_ways(plan, inputs, grad, final, saved)
-    du, ddt, dA, dB, dbias, dgate, (dC,), (dD,) = _gradients(plan, inputs, tensors, grad, kept, ends)
+    (dz, passed, initial), prepared = _walked_both_ways(plan, inputs, grad, final, saved)
+    du, ddt, dA, dB, dbias, dgate, (dC,), (dD,) = _gradients(plan, inputs, tensors, grad, passed, prepared)
     found = [du[0], ddt[0], dA[0], dB[0], dC, dD, dz, dbias[0], initial[0].mT]
     for i in range(1, plan.sources + 1):
         found += [du[i], ddt[i], dA[i], dB[i], dbias[i], dgate[i - 1], initial[i].mT]
@@ -539,8 +610,9 @@ def sm90_cases() -> Iterator[Sm90Case]:
         ("plain", (2048, 16, 0, "readout", bf16), (0, 1, 2, 3)),
         ("plain-fp32", (2048, 16, 0, "readout", fp32), (0, 3)),
         ("states-64", (2048, 64, 0, "readout", bf16), (0, 3)),
-        ("segments", (32768, 16, 0, "readout", bf16), (0, 1, 3)),
+        ("segments", (32768, 16, 0, "readout", bf16), (0, 1, 3, 4, 6)),
         ("readout-1", (2048, 16, 1, "readout", bf16), (3,)),
+        ("segments-readout-1", (32768, 16, 1, "readout", bf16), (4, 6)),
         ("readout-2", (2048, 16, 2, "readout", bf16), (3,)),
         ("carried-1", (2048, 16, 1, "carried", bf16), (3,)),
         ("carried-2", (2048, 16, 2, "carried", bf16), (0, 1, 3)),

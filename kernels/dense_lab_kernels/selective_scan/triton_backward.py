@@ -70,11 +70,15 @@ def adjoint(
     kept,  # [m + 1, B, ceil(T / TILE), N, D]: the states' gradients at the end of every tile
     last,  # [m + 1, B, segments, N, D]: the states' gradients at the start of every segment
     spans,  # [m + 1, B, segments, D]: sums of dt
+    rest,  # [m + 1, B, ceil(T / TILE), D]: sums of dt from the end of every tile to that of its segment
     T, D, N, per_group, segment,
     CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, OUTPUT: tl.constexpr, SUMS: tl.constexpr,
     M: tl.constexpr, NP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk one segment back for BLOCK channels of one batch element; grid (channel blocks, B, segments)."""
+    """Walk one segment back for BLOCK channels of one batch element; grid (channel blocks, B, segments).
+
+    OUTPUT: store dz and what tiles end with. SUMS: store spans and (with OUTPUT) rest.
+    """
     channel, exists, group = own_channels(per_group, BLOCK)
     n = tl.arange(0, NP)
     j = tl.arange(0, TILE)
@@ -110,6 +114,10 @@ def adjoint(
             grad = grad * z * open_
         if OUTPUT:
             keep(kept, s, tile, tl.cdiv(T, TILE), offsets, tile_mask, D, N)
+            if SUMS:
+                for i in tl.static_range(M + 1):
+                    left = ((i * tl.num_programs(1) + batch) * tl.cdiv(T, TILE) + tile) * D
+                    tl.store(rest + left + channel, sums[i], mask=exists)
         inflow = C[:, :, None] * grad[:, None, :]
         step = tl.where(live, activate(rows[0].to(tl.float32) + biases[0][None, :], SOFTPLUS), 0.0)
         own, own_start = walk_back(decays(rate[0], step, rows[0]), inflow, s[0], j, TILE)

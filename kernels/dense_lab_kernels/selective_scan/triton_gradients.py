@@ -69,30 +69,32 @@ def summed(lane):
     return lane % 4 * 4 + lane // 8
 
 
-def _operands(K: int, M: int) -> tuple[dict[str, int], int]:
+def _operands(K: int, M: int, *, passed: bool) -> tuple[dict[str, int], int]:
     """First operand of every group of K of `_one_state`, results before the others; how many groups are results."""
     streams = range(M + 1)
     names = [f"flow{i}" for i in streams] + [f"lost{i}" for i in streams] + [f"dgate{i}" for i in range(M)]
     results = [*names, "sums", "number"]
     given = ["ones", *(["more_ones"] if K == 4 else []), "grad"]
     given += [f"{name}{i}" for name in ("step", "taken") for i in streams] + [f"gate{i}" for i in range(M)]
-    given += [f"{name}_" for name in names]
+    given += [f"rest{i}" for i in streams if passed] + [f"{name}_" for name in names]
     return {name: K * i for i, name in enumerate([*results, *given, "slot"])}, len(results)
 
 
-def _one_state(K: int, M: int, *, carried: bool) -> tuple[str, str]:
+def _one_state(K: int, M: int, *, carried: bool, passed: bool) -> tuple[str, str]:
     """PTX and operand types of `one_state` for a thread: one state, K tokens, M sources; operands in groups of K.
 
     Results: flow and lost of every stream, the gradients of the gates; sums of A (one a stream), sum over channels.
-    Operands: what `_warp_sums` needs; gradient of y; steps and step u of every stream; gates; the results so far; then
-    K times the slot of shared memory where `_fetch` has put the rest.
+    Operands: what `_warp_sums` needs; gradient of y; steps and step u of every stream; gates; passed: what is left of
+    the segment in steps of every stream; the results so far; then K times the slot of shared memory where `_fetch` has
+    put the rest.
     """
-    place, results = _operands(K, M)
+    place, results = _operands(K, M, passed=passed)
 
     def at(name: str, k: int = 0) -> str:
         return f"${place[name] + k}"
 
-    code = [*_read(K, M, at), *_replay(K, M, at, carried=carried), *_walk_back(K, M, at, carried=carried)]
+    code = [*_read(K, M, at, passed=passed), *_replay(K, M, at, carried=carried)]
+    code += _walk_back(K, M, at, carried=carried)
     ones = [at("ones", i) if i < K else at("more_ones", i - K) for i in range(8)]
     code += _warp_sums([f"dB{i}_{k}" for i in range(M + 1) for k in range(K)] + [f"dC_{k}" for k in range(K)], ones)
     code += [f"mov.f32 {at('sums', k)}, {f'A{k}' if k <= M else '0f80000000'};" for k in range(K)]
@@ -101,19 +103,27 @@ def _one_state(K: int, M: int, *, carried: bool) -> tuple[str, str]:
     return "{ " + " ".join(code) + " }", ",".join(types)
 
 
-def _read(K: int, M: int, at: Callable[..., str]) -> list[str]:
+def _channels(M: int, passed: bool) -> list[str]:
+    """What a slot holds once a channel, in order."""
+    return [f"{x}{i}" for i in range(M + 1) for x in ("h", "s", "rate", *(["entry"] if passed else []))]
+
+
+def _read(K: int, M: int, at: Callable[..., str], *, passed: bool) -> list[str]:
     """State, what comes back, rate, and rows of B and C from shared memory; decays a and inflows b of every token."""
-    streams = range(M + 1)
+    streams, channels = range(M + 1), _channels(M, passed)
     code = [".reg .b32 lane, mine; mov.u32 lane, %laneid; mad.lo.u32 mine, lane, 4, " + at("slot") + ";"]
-    for i, name in enumerate([f"{x}{i}" for i in streams for x in ("h", "s", "rate")]):
+    for i, name in enumerate(channels):
         code.append(f".reg .f32 {name}; ld.shared.f32 {name}, [mine+{128 * i}];")
     for i, name in enumerate([*(f"B{i}" for i in streams), "C"]):
         code.append(f".reg .f32 {', '.join(f'{name}_{k}' for k in range(K))};")
         for k in range(0, K, 4):
             row = ", ".join(f"{name}_{k + j}" for j in range(4))
-            code.append(f"ld.shared.v4.f32 {{{row}}}, [{at('slot')}+{384 * (M + 1) + 4 * (K * i + k)}];")
+            code.append(f"ld.shared.v4.f32 {{{row}}}, [{at('slot')}+{128 * len(channels) + 4 * (K * i + k)}];")
     for i in streams:
         code.append(f"mul.f32 rate{i}, rate{i}, 0f3FB8AA3B;")  # to base 2
+        if passed:
+            code.append(f".reg .f32 r{i}; mul.f32 r{i}, rate{i}, {at(f'rest{i}')}; ex2.approx.ftz.f32 r{i}, r{i};")
+            code.append(f"fma.rn.f32 s{i}, r{i}, entry{i}, s{i};")
         code.append(
             f".reg .f32 {', '.join(f'{x}{i}_{k}' for x in ('a', 'b', 'h', 'dB') for k in range(K))}, A{i}, e{i};"
         )
@@ -172,14 +182,14 @@ def _walk_back(K: int, M: int, at: Callable[..., str], *, carried: bool) -> list
     return code
 
 
-def _fetch(K: int, M: int) -> str:
+def _fetch(K: int, M: int, *, passed: bool) -> str:
     """PTX: copy to a slot of shared memory, without waiting, what one state of a tile needs.
 
     Operands: a number that is left alone; the slot; addresses of the states before the tile, what the tokens behind it
-    pass back and the rates of every stream, each lane its own; and where the 16 bytes of every B and of C begin that
-    this lane (of the first ones) copies.
+    pass back, the rates and (passed) what enters the segment from behind, of every stream, each lane its own; and where
+    the 16 bytes of every B and of C begin that this lane (of the first ones) copies.
     """
-    count = 3 * (M + 1)
+    count = len(_channels(M, passed))
     code = [".reg .b32 l, a; .reg .pred p; mov.u32 l, %laneid; mad.lo.u32 a, l, 4, $1;"]
     code += [f"cp.async.ca.shared.global [a+{128 * i}], [${2 + i}], 4;" for i in range(count)]
     code += [f"mad.lo.u32 a, l, 16, $1; setp.lt.u32 p, l, {(M + 2) * K // 4};"]
@@ -187,67 +197,79 @@ def _fetch(K: int, M: int) -> str:
     return "{ " + " ".join([*code, "mov.b32 $0, 0;"]) + " }"
 
 
-def _slot_bytes(K: int, M: int) -> int:
-    return 384 * (M + 1) + 4 * K * (M + 2)
+def _tokens(M: int) -> int:
+    """Of a tile that `one_state` works on."""
+    return 8 if M == 0 else 4
 
 
-def _ring(K: int, M: int) -> str:
+def _slot_bytes(M: int, passed: bool) -> int:
+    return 128 * len(_channels(M, passed)) + 4 * _tokens(M) * (M + 2)
+
+
+def _ring(M: int, passed: bool) -> str:
     """PTX: shared memory of a program's slots, and its address."""
-    return f".shared .align 16 .b8 scan_slots[{SLOTS * _slot_bytes(K, M)}]; mov.u32 $0, scan_slots;"
+    return f".shared .align 16 .b8 scan_slots[{SLOTS * _slot_bytes(M, passed)}]; mov.u32 $0, scan_slots;"
 
 
-_STATE_0, _READ_1, _READ_2 = (tl.constexpr(_one_state(8 if m == 0 else 4, m, carried=False)[0]) for m in range(3))
-_CARRIED_1, _CARRIED_2 = (tl.constexpr(_one_state(4, m, carried=True)[0]) for m in (1, 2))
-_TYPES_0, _TYPES_1, _TYPES_2 = (tl.constexpr(_one_state(8 if m == 0 else 4, m, carried=False)[1]) for m in range(3))
-_FETCH_0, _FETCH_1, _FETCH_2 = (tl.constexpr(_fetch(8 if m == 0 else 4, m)) for m in range(3))
-_FETCHED_0, _FETCHED_1, _FETCHED_2 = (tl.constexpr(",".join(["=r", "r", *["l"] * (3 * m + 4)])) for m in range(3))
-_SLOT_0, _SLOT_1, _SLOT_2 = (tl.constexpr(_slot_bytes(8 if m == 0 else 4, m)) for m in range(3))
-_RING_0, _RING_1, _RING_2 = (tl.constexpr(_ring(8 if m == 0 else 4, m)) for m in range(3))
+# By 2 M + PASSED, for up to two sources: PTX, operand types, sizes.
+_FORMS = [(m, p) for m in range(3) for p in (False, True)]
+_PLAIN = [_one_state(_tokens(m), m, carried=False, passed=p) for m, p in _FORMS]
+_STATES, _STATE_TYPES = (tl.constexpr(tuple(form[i] for form in _PLAIN)) for i in range(2))
+_COUPLED = tl.constexpr(tuple(_one_state(_tokens(m), m, carried=m > 0, passed=False)[0] for m, _p in _FORMS))
+_FETCHES = tl.constexpr(tuple(_fetch(_tokens(m), m, passed=p) for m, p in _FORMS))
+_FETCH_TYPES = tl.constexpr(tuple(",".join(["=r", "r", *["l"] * (len(_channels(*form)) + 1)]) for form in _FORMS))
+_SLOTS = tl.constexpr(tuple(_slot_bytes(*form) for form in _FORMS))
+_RINGS = tl.constexpr(tuple(_ring(*form) for form in _FORMS))
 _ALL_ARRIVED = tl.constexpr("cp.async.wait_all; mov.b32 $0, 0;")
 _ARRIVED = tl.constexpr(f"cp.async.wait_group {SLOTS - 2}; bar.warp.sync -1; mov.b32 $0, 0;")
 
 
 @triton.jit
-def fetch(slot, ahead, stride, table_size, M: tl.constexpr):
+def fetch(slot, ahead, stride, table_size, entries, M: tl.constexpr, PASSED: tl.constexpr):
     """Begin to copy to a slot what the state that `ahead` points to needs."""
     given = (slot,)
     for i in tl.static_range(M + 1):
         given = given + ((ahead[0] + i * stride).to(tl.int64), (ahead[1] + i * stride).to(tl.int64))
         given = given + ((ahead[2] + i * table_size).to(tl.int64),)
-    given = given + (ahead[3].to(tl.int64),)
-    text: tl.constexpr = _FETCH_0 if M == 0 else (_FETCH_1 if M == 1 else _FETCH_2)
-    types: tl.constexpr = _FETCHED_0 if M == 0 else (_FETCHED_1 if M == 1 else _FETCHED_2)
+        if PASSED:
+            given = given + ((ahead[3] + i * entries).to(tl.int64),)
+    given = given + (ahead[4].to(tl.int64),)
+    text: tl.constexpr = _FETCHES[2 * M + PASSED]
+    types: tl.constexpr = _FETCH_TYPES[2 * M + PASSED]
     tl.inline_asm_elementwise(text, types, given, dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def advanced(ahead, N, D, P, TILE: tl.constexpr):
-    """Pointers (states before the tile, gradients behind it, rates, shared rows; which state) to the next state.
+    """Pointers (states before the tile, gradients behind it, rates, what enters the segment, shared rows; which state)
+    to the next state.
 
     After a tile's last state comes the next tile's first one.
     """
-    n = ahead[4] + 1
+    n = ahead[5] + 1
     wrapped = n == N
-    rate, line = ahead[2] + tl.where(wrapped, D - N * D, D), ahead[3] + tl.where(wrapped, TILE + P - N * P, P)
-    return ahead[0] + D, ahead[1] + D, rate, line, tl.where(wrapped, 0, n)
+    rate, line = tl.where(wrapped, D - N * D, D), ahead[4] + tl.where(wrapped, TILE + P - N * P, P)
+    return ahead[0] + D, ahead[1] + D, ahead[2] + rate, ahead[3] + rate, line, tl.where(wrapped, 0, n)
 
 
 @triton.jit
-def one_state(given, M: tl.constexpr, CARRIED: tl.constexpr):
+def one_state(given, M: tl.constexpr, CARRIED: tl.constexpr, PASSED: tl.constexpr):
     """The operands and results of `_one_state`, each [K, BLOCK], with up to two sources."""
+    text: tl.constexpr = _COUPLED[2 * M] if CARRIED else _STATES[2 * M + PASSED]
+    types: tl.constexpr = _STATE_TYPES[2 * M + PASSED]
     if M == 0:
         return tl.inline_asm_elementwise(
-            _STATE_0, _TYPES_0, given, dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=8
+            text, types, given, dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=8
         )
     elif M == 1:  # noqa: RET505 - resolved when compiling
         return tl.inline_asm_elementwise(
-            _CARRIED_1 if CARRIED else _READ_1, _TYPES_1, given,
+            text, types, given,
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=False, pack=4,
         )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            _CARRIED_2 if CARRIED else _READ_2, _TYPES_2, given,
+            text, types, given,
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32,
                    tl.float32, tl.float32),
             is_pure=False, pack=4,
@@ -358,14 +380,18 @@ def to_gradients(raw, bias, u, step, flow, lost, inside, SOFTPLUS: tl.constexpr)
 
 @triton.jit
 def one_state_loaded(
-    kept, ends, stride, place, A, rate_place, rates, channel, tables, table, shelf, line, t, j, M: tl.constexpr
+    kept, ends, stride, place, A, entry, rate_place, rates, entries, rest, channel, tables, table, shelf, line, t, j,
+    M: tl.constexpr, PASSED: tl.constexpr,
 ):  # fmt: skip
     """One state before a tile, what the tokens behind the tile pass back to it, its rate; rows of every B and of C."""
     h, s, rate, lines = (), (), (), ()
     for i in tl.static_range(M + 1):
         h = h + (tl.load(kept + (i * stride + place)),)
-        s = s + (tl.load(ends + (i * stride + place)),)
         rate = rate + (tl.load(A + (i * rates + rate_place) + channel),)
+        back = tl.load(ends + (i * stride + place))
+        if PASSED:
+            back += exp(rate[i] * rest[i]) * tl.load(entry + (i * entries + rate_place))
+        s = s + (back,)
     for i in tl.static_range(M + 2):
         lines = lines + (tl.load(tables + (i * table + shelf + line + t) + j),)
     return h, s, rate, lines
@@ -404,21 +430,25 @@ def rows_stored(
     return dskip, biases_new
 
 
-@triton.jit(do_not_specialize=["T", "span", "groups"])
+@triton.jit(do_not_specialize=["T", "span", "spans", "groups"])
 def gradients(
     tokens, strides,  # [B, T, D] each: u of every stream, dt of every stream, the gates, the output's gradient, z
     tables,  # [m + 2, B, G, N, P] float32: every B, and C
     A, bias, skip,  # [m + 1, N, D], [m + 1, D] and [D], float32
     kept, ends,  # [m + 1, B, tiles, N, D]: states before every tile, their gradients after it
+    entry, rest,  # PASSED: ends lack what `entry` [m + 1, B, segments, N, D] becomes over `rest` [m + 1, B, tiles, D]
     du, ddt, dgate,  # [m + 1, B, T, D], the same, [m, B, T, D]
-    sums,  # [m + 2, blocks, B, G, N, P] float32: sums over one block of channels
+    sums,  # [m + 2, blocks, B, G, N, P]: sums over one block of channels
     dA,  # [m + 1, spans, B, N, D] float32, zeros: sums over the tokens of one span of tiles
     dchannel,  # [m + 2, spans, B, D] float32: skip, and the bias of every stream
-    T, D, N, P, per_group, groups, span,
-    CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr, M: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr, WHOLE: tl.constexpr,
+    T, D, N, P, per_group, groups, span, spans,
+    PASSED: tl.constexpr, CARRIED: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_Z: tl.constexpr, HAS_SKIP: tl.constexpr,
+    M: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of `span` tiles, for BLOCK channels of one batch element; grid (channel blocks, B, spans)."""
+    """All gradients of `span` tiles, for BLOCK channels of one batch element; grid (channel blocks, B, spans).
+
+    spans: programs to a segment of the walk back.
+    """
     channel, exists, group = own_channels(per_group, BLOCK)
     nearest = tl.minimum(channel, group * per_group + per_group - 1)  # is read where no channel exists
     batch, batches = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
@@ -443,16 +473,19 @@ def gradients(
     dskip = tl.zeros([BLOCK], tl.float32)
     stride = batches * tiles * N * D
     home_place = (batch * tiles + first) * N * D + nearest
+    segments = tl.cdiv(tl.num_programs(2), spans)
+    entry += (batch * segments + tl.program_id(2) // spans) * N * D + nearest
+    entries = batches * segments * N * D
     if FAST:
         lane = tl.arange(0, BLOCK) * 4
         own_tables = tables + (tl.minimum(lane // TILE, M + 1) * table + shelf + lane % TILE + first * TILE)
-        RING: tl.constexpr = _RING_0 if M == 0 else (_RING_1 if M == 1 else _RING_2)
+        SLOT: tl.constexpr = _SLOTS[2 * M + PASSED]
+        RING: tl.constexpr = _RINGS[2 * M + PASSED]
         ring = tl.inline_asm_elementwise(RING, "=r,r", [span], dtype=tl.int32, is_pure=False, pack=1)
-        SLOT: tl.constexpr = _SLOT_0 if M == 0 else (_SLOT_1 if M == 1 else _SLOT_2)
         read, write = ring, ring + (SLOTS - 1) * SLOT
-        ahead = (kept + home_place, ends + home_place, A + nearest, own_tables, 0)
+        ahead = (kept + home_place, ends + home_place, A + nearest, entry, own_tables, 0)
         for i in tl.static_range(SLOTS - 1):
-            fetch(ring + i * SLOT, ahead, stride, N * D, M)
+            fetch(ring + i * SLOT, ahead, stride, N * D, entries, M, PASSED)
             ahead = advanced(ahead, N, D, P, TILE)
     for tile in range(first, tl.minimum(first + span, tiles)):
         t = tile * TILE + j
@@ -464,8 +497,10 @@ def gradients(
             z = rows[3 * M + 3].to(tl.float32)
             grad *= z * sigmoid(z)
         grad = tl.where(inside, grad, 0.0)
-        step, taken, gates, flow, lost, gate_grads = (), (), (), (), (), ()
+        step, taken, gates, flow, lost, gate_grads, left = (), (), (), (), (), (), ()
         for i in tl.static_range(M + 1):
+            if PASSED:
+                left = left + (tl.load(rest + (((i * batches + batch) * tiles + tile) * D + nearest)),)
             x = activate(rows[M + 1 + i].to(tl.float32) + biases[i][None, :], SOFTPLUS)
             step = step + (tl.where(inside, x, 0.0),)
             taken = taken + (step[i] * rows[i].to(tl.float32),)
@@ -477,25 +512,28 @@ def gradients(
         for n in range(N):
             if FAST:
                 tl.inline_asm_elementwise(_ARRIVED, "=r,r", [read], dtype=tl.int32, is_pure=False, pack=1)
-                fetch(write, ahead, stride, N * D, M)
+                fetch(write, ahead, stride, N * D, entries, M, PASSED)
                 ahead = advanced(ahead, N, D, P, TILE)
-                given = ones + (grad,) + step + taken + gates + flow + lost + gate_grads
-                given = given + (read,)
+                given = ones + (grad,) + step + taken + gates
+                for i in tl.static_range(len(left)):
+                    given = given + (left[i][None, :],)
+                given = given + flow + lost + gate_grads + (read,)
                 write = read
                 read = tl.where(read == ring + (SLOTS - 1) * SLOT, ring, read + SLOT)
-                found = one_state(given, M, CARRIED)
+                found = one_state(given, M, CARRIED, PASSED)
                 flow, lost = found[: M + 1], found[M + 1 : 2 * M + 2]
                 gate_grads = found[2 * M + 2 : 3 * M + 2]
                 new_sums = ()
                 for i in tl.static_range(M + 1):
                     new_sums = new_sums + (pick(found[3 * M + 2], (j == i)[:, None], 0),)
                 total = pick(found[3 * M + 3], (j == 0)[:, None], 0) * _UNCUT
-                tl.store(sums_here, total, mask=number < (M + 2) * TILE)
+                tl.store(sums_here, total.to(sums.dtype.element_ty), mask=number < (M + 2) * TILE)
                 sums_here += P
             else:
                 h, s, rate, lines = one_state_loaded(
                     kept + home_place, ends + home_place, stride, ((tile - first) * N + n) * D,
-                    A, n * D, N * D, nearest, tables, table, shelf, n * P, tile * TILE, j, M,
+                    A, entry, n * D, N * D, entries, left, nearest, tables, table, shelf, n * P, tile * TILE, j,
+                    M, PASSED,
                 )  # fmt: skip
                 flows, losts, more, new_sums, parts = one_state_plainly(
                     grad, step, taken, gates, h, s, rate, rows[M + 1 : 2 * M + 2], lines, j, TILE, M, CARRIED
@@ -503,7 +541,7 @@ def gradients(
                 flow, lost, gate_grads = added(flow, flows), added(lost, losts), added(gate_grads, more)
                 for i in tl.static_range(M + 2):
                     place = (i * blocks + tl.program_id(0) % blocks) * table + shelf + n * P
-                    tl.store(sums + place + t, tl.sum(parts[i], axis=1))
+                    tl.store(sums + place + t, tl.sum(parts[i], axis=1).to(sums.dtype.element_ty))
             for i in tl.static_range(M + 1):
                 place = dA_here + i * batches * tl.num_programs(2) * N * D
                 if WHOLE:
