@@ -59,6 +59,10 @@ class Corpus(ABC):
     def eval_batches(self, split: Literal["valid", "test"], batch_size: int, tokens: int) -> Iterator[Batch]:
         """The same batches every time: about `tokens` tokens spread evenly over the split (all of it if smaller)."""
 
+    def task(self, batch: Batch) -> str:
+        """Which of several tasks an evaluation batch asks, where each has an accuracy of its own, or nothing."""
+        return ""
+
     def tokens(self, split: Split) -> int | None:
         """Number of tokens in a split, or None when it is generated or streamed."""
         return None

@@ -18,15 +18,16 @@ def evaluate(
 ) -> dict[str, float]:
     """`<split>/loss`, nats per scored position, and `<split>/accuracy` where the corpus asks for it.
 
-    The accuracy is the mean over examples of each example's mean over its scored positions (zoology's metric).
+    The accuracy is the mean over examples of each example's mean over its scored positions (zoology's metric). Where the
+    corpus names the tasks of its batches there is a `<split>/accuracy/<task>` of each.
     """
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=place.device)
-    accuracy, scored, examples = loss.clone(), 0, 0
+    scored, right = 0, dict[str, list[Tensor]]()
     with torch.no_grad():
         for batch in corpus.eval_batches(split, batch_size, tokens):
             count = int((batch.targets != IGNORED).sum())
-            scored, examples = scored + count, examples + len(batch.inputs)
+            scored, task = scored + count, corpus.task(batch)
             batch = place.send(batch)
             with place.autocast():
                 if corpus.scores_accuracy:
@@ -34,12 +35,16 @@ def evaluate(
                     loss += nn.functional.cross_entropy(
                         logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
                     )
-                    accuracy += example_accuracy(logits, batch.targets).sum()
+                    right.setdefault(task, []).append(example_accuracy(logits, batch.targets))
                 else:
                     loss += model.loss(batch.inputs, batch.targets).double() * count
     model.train()
     found = {f"{split}/loss": loss.item() / scored if scored else math.nan}
-    return found | ({f"{split}/accuracy": accuracy.item() / examples} if corpus.scores_accuracy else {})
+    if corpus.scores_accuracy:
+        shares = {task: torch.cat(parts).double() for task, parts in right.items()}
+        found[f"{split}/accuracy"] = torch.cat(list(shares.values())).mean().item()
+        found |= {f"{split}/accuracy/{task}": share.mean().item() for task, share in shares.items() if task}
+    return found
 
 
 def example_accuracy(logits: Tensor, targets: Tensor) -> Tensor:

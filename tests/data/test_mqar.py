@@ -144,9 +144,11 @@ def test_a_spec_is_read_again_as_it_was_written(spec: MQAR) -> None:
 
 def test_a_test_asks_every_size_equally_often_at_its_own_length() -> None:
     tests = [{"seq_len": 16, "pairs": 4}, {"seq_len": 64, "pairs": 16}]
-    batches = list(MQAR(seq_len=32, pairs=2, tests=tests, vocab=100).prepare().eval_batches("test", 7, 80 * 20))
+    corpus = MQAR(seq_len=32, pairs=2, tests=tests, vocab=100).prepare()
+    batches = list(corpus.eval_batches("test", 7, 80 * 20))
     lengths = [batch.inputs.shape[1] for batch in batches for _ in batch.inputs]
     assert lengths == [16] * 20 + [64] * 20
+    assert [corpus.task(batch) for batch in batches] == ["16-4"] * 3 + ["64-16"] * 3
     for batch in batches:
         check(batch.inputs.numpy(), batch.targets.numpy(), batch.inputs.shape[1] // 4, 100)
 

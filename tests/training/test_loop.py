@@ -138,6 +138,14 @@ def test_accuracy_is_reported_for_recall(small: Small, tmp_path: Path) -> None:
     assert 0 <= metrics["test/accuracy"] <= 1
 
 
+def test_accuracy_of_several_sizes_is_their_mean(small: Small, tmp_path: Path) -> None:
+    tests = [{"seq_len": 16, "pairs": 2}, {"seq_len": 32, "pairs": 4}]
+    data = {"kind": "mqar", "seq_len": 16, "pairs": 2, "vocab": 64, "tests": tests}
+    metrics = train(small({"data": data}), tmp_path / "run", **CPU).metrics
+    parts = [metrics[f"test/accuracy/{task}"] for task in ("16-2", "32-4")]
+    assert metrics["test/accuracy"] == pytest.approx(sum(parts) / 2, abs=1e-12)
+
+
 def test_a_loss_that_is_no_number(small: Small, tmp_path: Path) -> None:
     with pytest.raises(TrialFailed, match=r"loss is (nan|inf) at step \d+ of 24 \(lr 1e\+30\); last good step \d"):
         train(small({"train.lr": 1e30, "train.clip": None, "train.warmup": 0}), tmp_path / "run", **CPU)

@@ -130,6 +130,11 @@ class _Rows(Corpus):
             for first in range(0, count, batch_size):
                 yield Batch(inputs[first : first + batch_size], targets[first : first + batch_size])
 
+    def task(self, batch: Batch) -> str:
+        """`64-4` for rows of 64 tokens and 4 pairs; nothing for rows of several sizes."""
+        pairs = (batch.targets != IGNORED).sum(1)
+        return f"{batch.inputs.shape[1]}-{pairs[0]}" if len(self.spec.tests) > 1 and (pairs == pairs[0]).all() else ""
+
     def _mixed(self, batch_size: int, seed: tuple[int, ...]) -> Batch:
         """Rows of all trained sizes, in random order, brought to the length of the longest."""
         generator, sizes = np.random.default_rng(seed), self.spec.sizes("train")
