@@ -18,8 +18,8 @@ def evaluate(
 ) -> dict[str, float]:
     """`<split>/loss`, nats per scored position, and `<split>/accuracy` where the corpus asks for it.
 
-    The accuracy is the mean over examples of each example's mean over its scored positions (zoology's metric). Where the
-    corpus names the tasks of its batches there is a `<split>/accuracy/<task>` of each.
+    The accuracy is the mean over examples of each example's mean over its scored positions (zoology's metric). Where
+    the corpus names the tasks of its batches there is a `<split>/accuracy/<task>` of each.
     """
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=place.device)
