@@ -130,5 +130,7 @@ def _tell(made: Reproduction) -> None:
     options.print_table(made.recorded.metric, columns, rows, right=columns[2:8])
     console = options.console()
     console.print(made.summary(), style="green" if made.reproduced else "red")
+    if caution := made.caution():
+        console.print(caution, style="yellow", markup=False)
     earlier = "" if made.trained else " (nothing was trained just now: all are of an earlier call)"
     console.print(f"new runs: {made.folder}{earlier}", soft_wrap=True)

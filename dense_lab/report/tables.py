@@ -165,5 +165,7 @@ def provenance(results: StudyResults) -> Table:
     found["date"] = [f"{min(dates):%Y-%m-%d %H:%M} to {max(dates):%Y-%m-%d %H:%M} UTC"] if dates else []
     rows += [(name.replace("_", "-"), "; ".join(values)) for name, values in found.items() if values]
     again = [read_json(path) for path in sorted(results.folder.glob("reproduced/*/reproduce.json"))]
-    rows += [("trained again", f"{said.get('date', '')}: {said.get('summary', '')}") for said in again]
+    for said in again:
+        sentences = filter(None, (said.get("summary"), said.get("caution")))
+        rows.append(("trained again", f"{said.get('date', '')}: {'. '.join(sentences)}"))
     return Table("Provenance", ("what", "value"), tuple(rows), name="provenance", left=2)

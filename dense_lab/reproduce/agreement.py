@@ -63,6 +63,11 @@ class Agreement:
         return abs(self.deviation) / self.spread if self.spread else math.nan
 
     @property
+    def reach(self) -> float:
+        """How far to each side it is expected, by the spread; not a number when one of them is none."""
+        return (self.interval[1] - self.interval[0]) / 2 / self.spread if self.spread else math.nan
+
+    @property
     def holds(self) -> bool:
         """Whether it was reproduced."""
         return self.outcome in HOLDS

@@ -72,6 +72,21 @@ class Reproduction:
         count = f"{len(off)} of {len(self.agreements)} numbers"
         return f"NOT reproduced: {count} are not where they were expected ({level}){moved}; {bits}"
 
+    def caution(self) -> str:
+        """One sentence where a number is inside an interval that two seeds made; else empty."""
+        known, chosen = self.recorded.known, self.recorded.chosen
+        reaches = [
+            one.reach
+            for one in self.agreements
+            if one.outcome == "inside" and len((chosen if one.kind == "paired" else known).get(one.arm, ())) == 2
+        ]
+        if not reaches:
+            return ""
+        return (
+            f"2 seeds say little: with one degree of freedom, 'inside' is up to {max(reaches):.3g} times the spread to "
+            "each side, which hardly any number misses"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """For JSON, which knows no number that is none."""
         rows = without_nan([asdict(one) for one in self.agreements])
@@ -79,6 +94,7 @@ class Reproduction:
             "reproduced": self.reproduced,
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
             "summary": self.summary(),
+            "caution": self.caution(),
             "folder": str(self.recorded.folder),
             "metric": self.recorded.metric,
             "alpha": self.recorded.alpha,

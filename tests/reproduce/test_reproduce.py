@@ -100,6 +100,21 @@ def test_a_shift_that_all_seeds_share_is_seen_though_every_run_is_inside(finishe
     assert reproduce(finished, train=fakes.rounded, into=finished / "b", **OPTIONS).reproduced
 
 
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_two_seeds_are_said_to_say_little(tmp_path, here, seeds):
+    made = Here(study(tmp_path, ABLATION.replace("seeds: 3", f"seeds: {seeds}")), tmp_path / "runs" / "s", fakes.steady)
+    made.run()
+    exact = reproduce(made.folder, into=tmp_path / "exact", train=fakes.steady, **OPTIONS)
+    inside = reproduce(made.folder, into=tmp_path / "inside", train=fakes.nudged, **OPTIONS)
+    assert "inside" in outcomes(inside).values()
+    assert exact.caution() == ""
+    # Of a run: t(1) sqrt(1 + 1/2) at alpha / 2 over 4 runs, 2 means and 1 difference, two-sided.
+    reach = math.sqrt(1.5) / math.tan(math.pi * 0.05 / 2 / 7 / 2)
+    said = f"2 seeds say little: with one degree of freedom, 'inside' is up to {reach:.3g} times the spread"
+    assert inside.caution().startswith(said) if seeds == 2 else inside.caution() == ""
+    assert inside.as_json()["caution"] == inside.caution()
+
+
 def test_a_run_that_fails_is_not_reproduced(finished):
     made = reproduce(finished, train=fakes.failing, **OPTIONS)
     said = outcomes(made)
