@@ -120,14 +120,14 @@ def search(
 
 
 def _check_known(folder: Path, ledger: Ledger, url: str) -> None:
-    """Raise InputError when `folder` holds trials that the ledger has never heard of: it would number others like them."""
+    """Raise InputError when `folder` holds trials that the ledger never heard of: it would number others like them."""
     known = len(ledger.trials())
     unknown = [trial for trial in (folder / TRIALS).glob("[0-9]*") if trial.name.isdigit() and int(trial.name) >= known]
     if unknown:
         raise InputError(
             f"{folder}: {masked(url)} knows of {counted(known, 'trial')}, {TRIALS}/ holds {len(unknown)} more: the "
-            f"database was lost or replaced. Put it back; or move {folder.name} away, and let a new study take over what "
-            "is finished: --reuse WHERE-IT-IS-NOW"
+            f"database was lost or replaced. Put it back; or move {folder.name} away, and let a new study take over "
+            "what is finished: --reuse WHERE-IT-IS-NOW"
         )
 
 
