@@ -24,6 +24,9 @@ PARTS = [
     ("triton.backends.nvidia.driver", "compile_module_from_file", "C code"),
     ("triton.compiler.compiler.CompiledKernel", "_init_handles", "loading"),
     ("dense_lab_kernels.selective_scan.triton", "_launches", "dry run"),
+    ("dense_lab_kernels.selective_scan.triton", "compile_once", "all compiling"),
+    ("dense_lab_kernels.selective_scan.triton", "_run_forward", "launching"),
+    ("dense_lab_kernels.selective_scan.triton", "_run_backward", "launching"),
 ]
 
 

@@ -8,10 +8,12 @@ Where Triton's insides are not as expected, nothing here happens and Triton does
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,41 +34,51 @@ class WithoutMemory(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """`function(*args, **kwargs)`, or an empty tensor of the shape, dtype and device that it would have."""
-        shape_of = _SHAPES.get(function)
-        if shape_of is not None and not kwargs:
-            shape = shape_of(*args)
-            if shape is not None:
-                first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
-                return first.new_empty(shape)
-        return function(*args, **(kwargs or {}))
+        options = kwargs or {}
+        known = _ANSWERS[function](*args, **options) if function in _ANSWERS else None
+        return function(*args, **options) if known is None else known
 
 
-_Shape = tuple[int, ...]
+def _like(tensor: torch.Tensor, **options: Any) -> torch.Tensor | None:
+    strides = tensor.stride()
+    if options or not tensor.is_meta:
+        return None
+    if tensor.is_contiguous():
+        return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    if all(left > right for left, right in pairwise((*strides, 0))):  # In order, but with gaps, which are closed.
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return None
 
 
-def _shape_like(tensor: torch.Tensor, *rest: Any) -> _Shape | None:
-    return tuple(tensor.shape) if tensor.is_meta and tensor.is_contiguous() and not rest else None
-
-
-def _shape_of_stack(tensors: Any, *rest: Any) -> _Shape | None:
+def _stacked(tensors: Any, *dim: Any, **options: Any) -> torch.Tensor | None:
     first = tensors[0]
-    alike = all(t.is_meta and t.shape == first.shape and t.dtype == first.dtype for t in tensors)
-    return (len(tensors), *first.shape) if alike and not rest else None
+    if dim or options or not all(t.is_meta and t.shape == first.shape and t.dtype == first.dtype for t in tensors):
+        return None
+    return torch.empty((len(tensors), *first.shape), dtype=first.dtype, device=first.device)
 
 
-def _shape_of_sum(tensor: torch.Tensor, *dims: Any) -> _Shape | None:
-    if not tensor.is_meta or not tensor.is_floating_point() or len(dims) != 1 or not isinstance(dims[0], int):
+def _summed(
+    tensor: torch.Tensor,
+    *dims: Any,
+    dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor | None:
+    if options or not (tensor.is_meta and tensor.is_floating_point()) or [*map(type, dims)] != [int]:
         return None
     shape = list(tensor.shape)
     del shape[dims[0]]
-    return tuple(shape)
+    if out is None:
+        return torch.empty(shape, dtype=dtype or tensor.dtype, device=tensor.device)
+    return out if out.is_meta and list(out.shape) == shape and dtype in (None, out.dtype) else None
 
 
-_SHAPES: dict[Any, Callable[..., _Shape | None]] = {
-    torch.empty_like: _shape_like,
-    torch.zeros_like: _shape_like,
-    torch.stack: _shape_of_stack,
-    torch.Tensor.sum: _shape_of_sum,
+_ANSWERS: dict[Any, Callable[..., torch.Tensor | None]] = {
+    torch.empty_like: _like,
+    torch.zeros_like: _like,
+    torch.stack: _stacked,
+    torch.Tensor.sum: _summed,
+    torch.sum: _summed,
 }
 
 
@@ -107,13 +119,14 @@ def begin(start: Start) -> Future[Any] | None:
         coming = _DriverToCome()
         config.set_active(coming)
         start(coming.build)
-    start(_quietly, _ask_for_versions)
+    start(_quietly, _prepare)
     key = getattr(triton.runtime.cache, "triton_key", None)
     return None if key is None else start(_quietly, key)
 
 
-def _ask_for_versions() -> None:
-    """Triton starts ptxas twice to ask for its version."""
+def _prepare() -> None:
+    """The first front end imports another 40 modules (0.1 s), and ptxas is run twice to ask for its version."""
+    importlib.import_module("triton.compiler.code_generator")
     triton.compiler.make_backend(triton.runtime.driver.active.get_current_target()).hash()
 
 
