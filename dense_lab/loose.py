@@ -10,6 +10,8 @@ from dense_lab.files import read_json
 if TYPE_CHECKING:
     from dense_lab.registry import Registry
 
+MODULE = "dense_lab_loose_"
+"""Begins the names of their modules."""
 LOOSE = "loose file"
 """Stands where other plugins have a version."""
 FILES = "plugin_files"

@@ -21,7 +21,7 @@ import pluggy
 
 from dense_lab import __version__, hookspecs
 from dense_lab.errors import InputError, did_you_mean
-from dense_lab.loose import LOOSE
+from dense_lab.loose import LOOSE, MODULE
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -263,7 +263,7 @@ def _load_one(registry: Registry, plugin: Plugin, load_module: Callable[[], Modu
 
 
 def _import_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"dense_lab_loose_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{MODULE}{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise InputError("not a Python file")
     module = importlib.util.module_from_spec(spec)

@@ -65,6 +65,44 @@ def test_a_changed_file_of_a_stranger_shows_and_nothing_else_does(tmp_path: Path
     assert "dense_lab_loose_odd" not in digests(RunSpec())
 
 
+def test_what_a_loose_plugin_imports_from_its_folder_belongs_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "parts_of_beside" / "deep").mkdir(parents=True)
+    files = {
+        "beside.py": ODD.read_text() + "import json\nimport torch\nfrom helps_beside import x\n",
+        "helps_beside.py": "x = 1\ndef later():\n    import parts_of_beside.deep.er\n",
+        "parts_of_beside/__init__.py": "",
+        "parts_of_beside/deep/er.py": "from lasts_beside import y\n",
+        "lasts_beside.py": "y = 1\n",
+        "alone.py": "",  # Nobody imports it.
+        "json.py": "",  # Python's own is meant.
+        "torch.py": "",
+        "dense_lab.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    registry.load((tmp_path / "beside.py",), (registry.BUILTIN,))
+
+    def digest() -> str:
+        code._digest.cache_clear()
+        return code._digest("dense_lab_loose_beside")
+
+    changed = set()
+    for name in files:
+        before, text = digest(), (tmp_path / name).read_text()
+        assert digest() == before
+        (tmp_path / name).write_text(text + "# more\n")
+        changed |= {name} if digest() != before else set()
+    assert changed == set(list(files)[:5])
+    # A component may be defined in the other file as well.
+    before = code._digest("helps_beside")
+    (tmp_path / "lasts_beside.py").write_text("no Python (")
+    code._digest.cache_clear()
+    assert code._digest("helps_beside") != before
+
+
 def test_what_was_typed_at_a_prompt_has_no_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "typed", ModuleType("typed"))
     assert code._digest("typed") == "unknown"
