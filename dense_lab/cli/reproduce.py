@@ -73,10 +73,7 @@ def command(
             on_environment=None if as_json else _tell_environment,
             on_progress=None if as_json else display.update,
         )
-    if as_json:
-        options.print_json({**made.as_json(), "into": str(made.folder)})
-    else:
-        _tell(made)
+    _tell(made, as_json)
     if not made.reproduced:
         raise click.exceptions.Exit(1)
 
@@ -106,7 +103,10 @@ def _tell_environment(recorded: Recorded, found: list[Difference]) -> None:
         console.print("commit, device, libraries, plugins and data are as recorded")
 
 
-def _tell(made: Reproduction) -> None:
+def _tell(made: Reproduction, as_json: bool) -> None:
+    if as_json:
+        options.print_json({**made.as_json(), "into": str(made.folder)})
+        return
     from rich.markup import escape
 
     def text(value: float | None) -> str:
