@@ -10,12 +10,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from dense_lab.corpus import Batch
+from dense_lab.corpus import Batch, Corpus
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "loss_curves.py"
 
 
-class Text:
+class Text(Corpus):
     """Bytes that repeat themselves."""
 
     vocab_size, scores_accuracy = 16, False
@@ -42,17 +42,20 @@ def curves(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def found(curves: ModuleType) -> list:
     place = curves.choose_place("cpu", "fp32")
-    plan = curves.Plan(["mamba dense"], seeds=3, twins=2, references=1)
+    plan = curves.Plan(["mamba dense"], seeds=3, twins=2, references=1, exact=1)
     return [curves.run(Text(), "mamba dense", by, start, place, curves.Size(2, 24, 3)) for by, start in plan.runs()]
 
 
 def test_kernels_train_as_references_do(curves: ModuleType, found: list, tmp_path: Path, capsys) -> None:
     assert [curve.ran for curve in found[:4]] == ["numba,reference"] * 4
-    assert found[4].ran == "reference"
+    assert [curve.ran for curve in found[4:]] == ["reference"] * 2
+    assert found[5].train == found[4].train  # Here both are in float32.
     assert found[0].train == pytest.approx(found[4].train, abs=1e-4)
     assert found[0].train != found[1].train
     assert curves.compare(found)
-    assert "mamba dense" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "mamba dense" in said
+    assert f"in float32 {found[5].valid:.4f} (1 twins)" in said
     curves.draw(found, tmp_path / "curves.svg")
     assert "references" in (tmp_path / "curves.svg").read_text()
 
