@@ -79,7 +79,8 @@ def load_study(path: Path, overrides: Sequence[str], runs: Path | None = None) -
     try:
         return Study.load(path, changed)
     except InputError as error:
-        folder = (runs or Path(os.environ.get(RUNS_VARIABLE) or RUNS)) / _name(path)
+        name = dict(changed).get("name") or _name(path)
+        folder = (runs or Path(os.environ.get(RUNS_VARIABLE) or RUNS)) / name
         hint = missing(registry.default(), folder, folder / SINGLE)
         raise InputError([*error.problems, *([Problem(hint)] if hint else [])]) from None
 

@@ -65,6 +65,9 @@ def test_the_missing_file_is_named_with_its_place(tmp_path: Path, plugin: Path, 
     assert f"was begun with --plugin {plugin}, which is not given now" in found
     assert f"dense-lab --plugin {plugin} ..." in found
     assert "--plugin" not in said(command, file, "--runs", tmp_path / "elsewhere")
+    file.write_text(file.read_text().replace("name: begun", "name: other"))
+    assert "--plugin" not in said(command, file, "--runs", tmp_path / "runs")
+    assert f"--plugin {plugin}" in said(command, file, "--runs", tmp_path / "runs", "--set", "name=begun")
 
 
 def test_other_mistakes_are_not_blamed_on_a_plugin_that_is_there(tmp_path: Path, plugin: Path) -> None:
