@@ -453,6 +453,8 @@ def _stack(plan: Plan, given: list[Tensor | None], shape: tuple[int, ...], devic
     if all(tensor is None for tensor in given):
         return torch.zeros((plan.sources + 1, *shape[:-2], *shape[-2:][::-1]), device=device)
     filled = [torch.zeros(shape, device=device) if t is None else t.float() for t in given]
+    if len(filled) == 1 and len(shape) == 1:
+        return filled[0].contiguous()[None]
     return torch.stack([t.mT if t.dim() > 1 else t for t in filled])
 
 
@@ -506,7 +508,7 @@ class _SelectiveScan(torch.autograd.Function):
         ctx.counts = len(tensors), len(made)
         ctx.save_for_backward(*tensors, *made, *saved.values())
         ctx.set_materialize_grads(False)
-        return out, *last.mT.contiguous()
+        return out, *(last.mT if training else last.mT.contiguous())
 
     @staticmethod
     @once_differentiable

@@ -37,26 +37,27 @@ SLOTS = 4  # of shared memory: states at work or on their way
 _UNCUT = tl.constexpr(1.00035)
 
 
-def _warp_sums(numbers: list[str], ones: list[str]) -> list[str]:
+def _warp_sums(numbers: list[str], ones: list[str], ready: list[int], lane: str) -> list[str]:
     """PTX: up to 16 numbers of every thread, summed over the warp; lane l finds the sum of `summed(l)` in v0.
 
     The four lanes of a quad are summed on tensor cores, 16 x 8 against a matrix of ones and zeros that puts the sums
     of four numbers at a time into columns of their own; then the eight quads in steps that halve what is left.
-    ones: that matrix, eight numbers of every thread: number i is one in the four lanes from 4 i on.
+    ones: that matrix, eight numbers of every thread: number i is one in the four lanes from 4 i on. ready: the fours
+    that there are, in the order in which they are computed; the last one alone is waited for. lane: 4 l.
     """
     numbers = numbers + ["z"] * (_NUMBERS - len(numbers))
-    code = [".reg .b32 l, t, s<8>, x<16>; .reg .pred p; .reg .f32 v<4>, u, w, o, z;"]
-    code += ["mov.u32 l, %laneid; mov.f32 z, 0f00000000;"]
+    code = [".reg .b32 t, s<8>, x<16>; .reg .pred p; .reg .f32 v<4>, u, w, o, z; mov.f32 z, 0f00000000;"]
     code += [f"mov.b32 s{i}, {one};" for i, one in enumerate(ones)]
     code += [f"mov.b32 x{i}, {number};" for i, number in enumerate(numbers)]
-    for i in range(4):
+    for i in ready:
         given = ", ".join(f"x{4 * i + k}" for k in (0, 2, 1, 3))
+        before = "z, z, z, z" if i == ready[0] else "v0, v1, v2, v3"
         code.append(
             f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{v0, v1, v2, v3}}, {{{given}}}, "
-            f"{{s{2 * i}, s{2 * i + 1}}}, {{{'v0, v1, v2, v3' if i else 'z, z, z, z'}}};"
+            f"{{s{2 * i}, s{2 * i + 1}}}, {{{before}}};"
         )
     for left, mask in ((2, 16), (1, 8)):
-        code.append(f"and.b32 t, l, {mask}; setp.ne.u32 p, t, 0;")
+        code.append(f"and.b32 t, {lane}, {4 * mask}; setp.ne.u32 p, t, 0;")
         for k in range(left):
             code.append(f"selp.f32 u, v{k}, v{k + left}, p; selp.f32 w, v{k + left}, v{k}, p;")
             code.append(f"shfl.sync.bfly.b32 o, u, {mask}, 31, -1; add.f32 v{k}, w, o;")
@@ -77,7 +78,7 @@ def _operands(K: int, M: int, *, passed: bool) -> tuple[dict[str, int], int]:
     given = ["ones", *(["more_ones"] if K == 4 else []), "grad"]
     given += [f"{name}{i}" for name in ("step", "taken") for i in streams] + [f"gate{i}" for i in range(M)]
     given += [f"rest{i}" for i in streams if passed] + [f"{name}_" for name in names]
-    return {name: K * i for i, name in enumerate([*results, *given, "slot"])}, len(results)
+    return {name: K * i for i, name in enumerate([*results, *given, "slot", "lane"])}, len(results)
 
 
 def _one_state(K: int, M: int, *, carried: bool, passed: bool) -> tuple[str, str]:
@@ -85,8 +86,8 @@ def _one_state(K: int, M: int, *, carried: bool, passed: bool) -> tuple[str, str
 
     Results: flow and lost of every stream, the gradients of the gates; sums of A (one a stream), sum over channels.
     Operands: what `_warp_sums` needs; gradient of y; steps and step u of every stream; gates; passed: what is left of
-    the segment in steps of every stream; the results so far; then K times the slot of shared memory where `_fetch` has
-    put the rest.
+    the segment in steps of every stream; the results so far; then, K times each, the slot of shared memory where
+    `_fetch` has put the rest, and four times the lane (asking the machine for it costs more than a register).
     """
     place, results = _operands(K, M, passed=passed)
 
@@ -96,10 +97,14 @@ def _one_state(K: int, M: int, *, carried: bool, passed: bool) -> tuple[str, str
     code = [*_read(K, M, at, passed=passed), *_replay(K, M, at, carried=carried)]
     code += _walk_back(K, M, at, carried=carried)
     ones = [at("ones", i) if i < K else at("more_ones", i - K) for i in range(8)]
-    code += _warp_sums([f"dB{i}_{k}" for i in range(M + 1) for k in range(K)] + [f"dC_{k}" for k in range(K)], ones)
+    fours = K // 4
+    ready = [*range((M + 1) * fours, (M + 2) * fours)]  # C before the walk back, then B, last token first
+    ready += [i * fours + k for i in range(M + 1) for k in reversed(range(fours))]
+    numbers = [f"dB{i}_{k}" for i in range(M + 1) for k in range(K)] + [f"dC_{k}" for k in range(K)]
+    code += _warp_sums(numbers, ones, ready, at("lane"))
     code += [f"mov.f32 {at('sums', k)}, {f'A{k}' if k <= M else '0f80000000'};" for k in range(K)]
     code += [f"mov.f32 {at('number', k)}, {'0f80000000' if k else 'v0'};" for k in range(K)]
-    types = ["=&f"] * (K * results) + ["f"] * (K * (len(place) - results - 1)) + ["r"] * K
+    types = ["=&f"] * (K * results) + ["f"] * (K * (len(place) - results - 2)) + ["r"] * (2 * K)
     return "{ " + " ".join(code) + " }", ",".join(types)
 
 
@@ -111,7 +116,7 @@ def _channels(M: int, passed: bool) -> list[str]:
 def _read(K: int, M: int, at: Callable[..., str], *, passed: bool) -> list[str]:
     """State, what comes back, rate, and rows of B and C from shared memory; decays a and inflows b of every token."""
     streams, channels = range(M + 1), _channels(M, passed)
-    code = [".reg .b32 lane, mine; mov.u32 lane, %laneid; mad.lo.u32 mine, lane, 4, " + at("slot") + ";"]
+    code = [f".reg .b32 mine; add.u32 mine, {at('lane')}, {at('slot')};"]
     for i, name in enumerate(channels):
         code.append(f".reg .f32 {name}; ld.shared.f32 {name}, [mine+{128 * i}];")
     for i, name in enumerate([*(f"B{i}" for i in streams), "C"]):
@@ -185,15 +190,15 @@ def _walk_back(K: int, M: int, at: Callable[..., str], *, carried: bool) -> list
 def _fetch(K: int, M: int, *, passed: bool) -> str:
     """PTX: copy to a slot of shared memory, without waiting, what one state of a tile needs.
 
-    Operands: a number that is left alone; the slot; addresses of the states before the tile, what the tokens behind it
-    pass back, the rates and (passed) what enters the segment from behind, of every stream, each lane its own; and where
-    the 16 bytes of every B and of C begin that this lane (of the first ones) copies.
+    Operands: a number that is left alone; the slot; four times the lane; addresses of the states before the tile, what
+    the tokens behind it pass back, the rates and (passed) what enters the segment from behind, of every stream, each
+    lane its own; and where the 16 bytes of every B and of C begin that this lane (of the first ones) copies.
     """
     count = len(_channels(M, passed))
-    code = [".reg .b32 l, a; .reg .pred p; mov.u32 l, %laneid; mad.lo.u32 a, l, 4, $1;"]
-    code += [f"cp.async.ca.shared.global [a+{128 * i}], [${2 + i}], 4;" for i in range(count)]
-    code += [f"mad.lo.u32 a, l, 16, $1; setp.lt.u32 p, l, {(M + 2) * K // 4};"]
-    code += [f"@p cp.async.cg.shared.global [a+{128 * count}], [${2 + count}], 16; cp.async.commit_group;"]
+    code = [".reg .b32 a; .reg .pred p; add.u32 a, $2, $1;"]
+    code += [f"cp.async.ca.shared.global [a+{128 * i}], [${3 + i}], 4;" for i in range(count)]
+    code += [f"mad.lo.u32 a, $2, 4, $1; setp.lt.u32 p, $2, {(M + 2) * K};"]
+    code += [f"@p cp.async.cg.shared.global [a+{128 * count}], [${3 + count}], 16; cp.async.commit_group;"]
     return "{ " + " ".join([*code, "mov.b32 $0, 0;"]) + " }"
 
 
@@ -217,7 +222,7 @@ _PLAIN = [_one_state(_tokens(m), m, carried=False, passed=p) for m, p in _FORMS]
 _STATES, _STATE_TYPES = (tl.constexpr(tuple(form[i] for form in _PLAIN)) for i in range(2))
 _COUPLED = tl.constexpr(tuple(_one_state(_tokens(m), m, carried=m > 0, passed=False)[0] for m, _p in _FORMS))
 _FETCHES = tl.constexpr(tuple(_fetch(_tokens(m), m, passed=p) for m, p in _FORMS))
-_FETCH_TYPES = tl.constexpr(tuple(",".join(["=r", "r", *["l"] * (len(_channels(*form)) + 1)]) for form in _FORMS))
+_FETCH_TYPES = tl.constexpr(tuple(",".join(["=r", "r", "r", *["l"] * (len(_channels(*form)) + 1)]) for form in _FORMS))
 _SLOTS = tl.constexpr(tuple(_slot_bytes(*form) for form in _FORMS))
 _RINGS = tl.constexpr(tuple(_ring(*form) for form in _FORMS))
 _ALL_ARRIVED = tl.constexpr("cp.async.wait_all; mov.b32 $0, 0;")
@@ -225,9 +230,9 @@ _ARRIVED = tl.constexpr(f"cp.async.wait_group {SLOTS - 2}; bar.warp.sync -1; mov
 
 
 @triton.jit
-def fetch(slot, ahead, stride, table_size, entries, M: tl.constexpr, PASSED: tl.constexpr):
-    """Begin to copy to a slot what the state that `ahead` points to needs."""
-    given = (slot,)
+def fetch(slot, lane, ahead, stride, table_size, entries, M: tl.constexpr, PASSED: tl.constexpr):
+    """Begin to copy to a slot what the state that `ahead` points to needs; lane: four times that."""
+    given = (slot, lane)
     for i in tl.static_range(M + 1):
         given = given + ((ahead[0] + i * stride).to(tl.int64), (ahead[1] + i * stride).to(tl.int64))
         given = given + ((ahead[2] + i * table_size).to(tl.int64),)
@@ -485,7 +490,7 @@ def gradients(
         read, write = ring, ring + (SLOTS - 1) * SLOT
         ahead = (kept + home_place, ends + home_place, A + nearest, entry, own_tables, 0)
         for i in tl.static_range(SLOTS - 1):
-            fetch(ring + i * SLOT, ahead, stride, N * D, entries, M, PASSED)
+            fetch(ring + i * SLOT, lane, ahead, stride, N * D, entries, M, PASSED)
             ahead = advanced(ahead, N, D, P, TILE)
     for tile in range(first, tl.minimum(first + span, tiles)):
         t = tile * TILE + j
@@ -512,12 +517,12 @@ def gradients(
         for n in range(N):
             if FAST:
                 tl.inline_asm_elementwise(_ARRIVED, "=r,r", [read], dtype=tl.int32, is_pure=False, pack=1)
-                fetch(write, ahead, stride, N * D, entries, M, PASSED)
+                fetch(write, lane, ahead, stride, N * D, entries, M, PASSED)
                 ahead = advanced(ahead, N, D, P, TILE)
                 given = ones + (grad,) + step + taken + gates
                 for i in tl.static_range(len(left)):
                     given = given + (left[i][None, :],)
-                given = given + flow + lost + gate_grads + (read,)
+                given = given + flow + lost + gate_grads + (read, lane[None, :])
                 write = read
                 read = tl.where(read == ring + (SLOTS - 1) * SLOT, ring, read + SLOT)
                 found = one_state(given, M, CARRIED, PASSED)
