@@ -165,7 +165,7 @@ def flat_of(inputs: dict[str, Any]) -> tuple[Tensor | None, ...]:
 
 def plans_of(inputs: dict[str, Any], site: str, changes: list[dict[str, Any]]) -> list[triton.Plan]:
     sizes = (inputs["u"].shape, inputs["A"].shape[1], 1, len(inputs.get("sources", ())), processors(inputs["u"].device))
-    rule = triton._make_plan(*sizes, carried=site == "carried", softplus=True, gated=True, skip=True)
+    rule = triton.plans.make_plan(*sizes, carried=site == "carried", softplus=True, gated=True, skip=True)
     return [rule._replace(**change) for change in changes]
 
 

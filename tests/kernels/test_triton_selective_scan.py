@@ -118,13 +118,13 @@ def test_groups(site: str, dtype: torch.dtype) -> None:
 def test_segments(m: int, site: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long sequences of few channels are cut in segments that hand on their states."""
     from dense_lab_kernels._triton import processors
-    from dense_lab_kernels.selective_scan import triton
+    from dense_lab_kernels.selective_scan import triton_plan as plans
 
     tile = 8 if m == 0 else 4
     if INTERPRETED:
-        monkeypatch.setattr(triton, "_KEPT", 2 * tile)
+        monkeypatch.setattr(plans, "KEPT", 2 * tile)
     shape = (1, 5 * tile - 3, 3, 1) if INTERPRETED else (1, 700, 40, 16)
-    plan = triton._make_plan(
+    plan = plans.make_plan(
         torch.Size(shape[:3]), shape[3], 1, m, processors(torch.device(DEVICE, None if INTERPRETED else 0)),
         carried=site == "carried", softplus=True, gated=True, skip=True,
     )  # fmt: skip
@@ -136,11 +136,11 @@ def test_segments(m: int, site: str, dtype: torch.dtype, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("m", "site"), [(0, "readout"), (1, "readout"), (1, "carried"), (2, "carried")])
 def test_spans(m: int, site: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large shapes give a program of the gradients several tiles in turn; here three, and fewer to the last one."""
-    from dense_lab_kernels.selective_scan import triton
+    from dense_lab_kernels.selective_scan import triton_plan as plans
 
-    rule = triton._make_plan
+    rule = plans.make_plan
     changes = {"span": 3, "back": 1 << 30}
-    monkeypatch.setattr(triton, "_make_plan", lambda *sizes, **options: rule(*sizes, **options)._replace(**changes))
+    monkeypatch.setattr(plans, "make_plan", lambda *sizes, **options: rule(*sizes, **options)._replace(**changes))
     tokens = (5 if INTERPRETED else 16) * (8 if m == 0 else 4) - 3
     check(make((1, tokens, 6, 2) if INTERPRETED else (2, tokens, 80, 16), m=m), dtype, site=site)
 
@@ -149,13 +149,13 @@ def test_spans(m: int, site: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("m", "forward"), [(0, "cut"), (0, "whole"), (1, "cut"), (2, "whole")])
 def test_spans_of_segments(m: int, forward: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tiles a program of the gradients, and segments of the walk back that are two programs long."""
-    from dense_lab_kernels.selective_scan import triton
+    from dense_lab_kernels.selective_scan import triton_plan as plans
 
-    rule, tile = triton._make_plan, 8 if m == 0 else 4
+    rule, tile = plans.make_plan, 8 if m == 0 else 4
     kept = 4 * tile if INTERPRETED else 64
-    monkeypatch.setattr(triton, "_KEPT", kept)
+    monkeypatch.setattr(plans, "KEPT", kept)
     changes = {"span": 2, "back": kept} | ({"segment": 100 * kept} if forward == "whole" else {"segment": kept})
-    monkeypatch.setattr(triton, "_make_plan", lambda *sizes, **options: rule(*sizes, **options)._replace(**changes))
+    monkeypatch.setattr(plans, "make_plan", lambda *sizes, **options: rule(*sizes, **options)._replace(**changes))
     check(make((1, 5 * kept // 2 - 3, 3, 2) if INTERPRETED else (2, 5 * kept // 2 - 3, 80, 16), m=m), dtype)
 
 

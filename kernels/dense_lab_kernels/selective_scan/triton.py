@@ -17,7 +17,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -25,14 +24,13 @@ from dense_lab_kernels._triton import Launch, Sm90Case, applied, compile_once, p
 from dense_lab_kernels.selective_scan import triton_backward as backward
 from dense_lab_kernels.selective_scan import triton_forward as forward
 from dense_lab_kernels.selective_scan import triton_gradients as gradients
+from dense_lab_kernels.selective_scan import triton_plan as plans
+from dense_lab_kernels.selective_scan.triton_plan import Plan
 
 __all__ = ["selective_scan", "sm90_cases", "unsupported"]
 
 _OPERATION = "selective_scan"
 _MOST_STATES = 256
-_KEPT = 64  # tokens between the states that wait for the backward; every segment is a multiple of it
-_WARP = 32  # channels of a program that gives the gradients
-_TILE = 8  # tokens that the backward replays in registers
 
 
 def unsupported(
@@ -47,106 +45,6 @@ def unsupported(
     if A.shape[1] > _MOST_STATES:
         return f"holds at most {_MOST_STATES} states per channel, got N={A.shape[1]}"
     return None
-
-
-class Plan(NamedTuple):
-    """Everything that the shapes, dtypes and options of one call decide."""
-
-    batch: int
-    tokens: int
-    channels: int
-    states: int
-    padded_states: int
-    groups: int
-    sources: int
-    carried: bool
-    softplus: bool
-    gated: bool
-    skip: bool
-    block: int  # channels of a program that walks
-    tile: int  # tokens walked or replayed at a time
-    stages: int  # tiles that a walk fetches ahead, the present one included
-    segment: int  # tokens of a walk
-    back: int  # tokens of a walk back
-    span: int  # tiles of which one program gives all gradients
-    limit: int | None  # registers of one of its threads, where it works on 16 bits
-
-    @property
-    def segments(self) -> int:
-        return math.ceil(self.tokens / self.segment)
-
-    @property
-    def tiles(self) -> int:
-        return math.ceil(self.tokens / self.tile)
-
-    @property
-    def pieces(self) -> int:
-        """Kept states per sequence."""
-        return math.ceil(self.tokens / _KEPT)
-
-    @property
-    def spans(self) -> int:
-        return math.ceil(self.tiles / self.span)
-
-    @property
-    def walks_back(self) -> int:
-        return math.ceil(self.tokens / self.back)
-
-    @property
-    def spans_back(self) -> int:
-        """Spans of a segment of the walk back."""
-        return self.spans if self.walks_back == 1 else self.back // self.tile // self.span
-
-    @property
-    def coupled(self) -> bool:
-        """Whether gradients of states are handed from one stream to another."""
-        return self.carried and self.sources > 0
-
-    @property
-    def passed(self) -> bool:
-        """Whether `gradients` adds to a tile what the segments behind its own pass on."""
-        return self.walks_back > 1 and not self.coupled
-
-    def states_of(self, pieces: int) -> tuple[int, ...]:
-        return (self.sources + 1, self.batch, pieces, self.states, self.channels)
-
-    def flags(self) -> dict[str, Any]:
-        return {"CARRIED": self.coupled, "SOFTPLUS": self.softplus, "NP": self.padded_states}
-
-
-def _make_plan(shape: torch.Size, states: int, groups: int, sources: int, units: int, **options: bool) -> Plan:
-    """Launch rules for a chip with `units` processors.
-
-    A program is one warp. A thread that walks holds up to 16 states of a stream; the chip wants two walking warps per
-    processor or more, so shorter work is cut in segments, which costs every decay once more (on the way back only where
-    streams are coupled). Programs that give the gradients are many: about 160 per processor; each span of tiles has
-    sums of A of its own, and lies within one segment.
-    """
-    batch, tokens, channels = shape
-    padded = max(4, triton.next_power_of_2(states))
-    per_group = channels // groups
-    tile = _TILE if sources == 0 else _TILE // 2
-    block = max(1, min(32, (512 if sources == 0 else 256) // padded))
-    wanted = 2 * units
-    programs = batch * groups * math.ceil(per_group / block)
-    segments = 1 if programs >= wanted else math.ceil(8 * wanted / programs)
-    segment = max(1, math.ceil(tokens / segments / _KEPT)) * _KEPT
-    tiles = math.ceil(tokens / tile)
-    programs = batch * groups * math.ceil(per_group / _WARP)
-    spans = max(1, min(tiles, max(64, 512 // batch), math.ceil(160 * units / programs)))
-    return Plan(
-        batch, tokens, channels, states, padded, groups, sources, **options,
-        block=block, tile=tile, stages=3, segment=segment, back=segment,
-        span=_span(tiles, spans, segment // tile if segments > 1 else tiles), limit={0: 128, 1: 168}.get(sources),
-    )  # fmt: skip
-
-
-def _span(tiles: int, spans: int, segment: int) -> int:
-    """Tiles of a span, of which there shall be about `spans`, and a whole number in a segment of so many tiles."""
-    span = math.ceil(tiles / spans)
-    if segment >= tiles:
-        return span
-    return max(part for part in range(1, segment + 1) if segment % part == 0 and part <= 4 * span / 3)
 
 
 def _run(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **options: Any) -> None:
@@ -234,7 +132,7 @@ def _run_forward(plan: Plan, inputs: _Inputs, first: Tensor, *, keep: bool) -> t
         saved["spans"] = torch.empty((plan.sources + 1, plan.batch, plan.segments, plan.channels), device=device)
         saved["crossed"] = torch.empty((plan.sources, *entry.shape[1:]) if plan.carried else (0,), device=device)
         zeros = torch.zeros_like(entry)
-        _walk(plan, inputs, zeros, {"last": entry, **saved}, segment=plan.segment, every=_KEPT)
+        _walk(plan, inputs, zeros, {"last": entry, **saved}, segment=plan.segment, every=plans.KEPT)
         _join(plan, inputs, entry, saved["crossed"], saved["spans"], first.clone(), "forward")
     out = torch.empty(inputs.u[0].shape, dtype=inputs.u[0].dtype, device=device)
     last = torch.empty_like(entry)
@@ -243,7 +141,7 @@ def _run_forward(plan: Plan, inputs: _Inputs, first: Tensor, *, keep: bool) -> t
         if plan.gated:
             saved["raw"] = torch.empty_like(out)
     results = {"out": out, "last": last, "kept": saved.get("kept"), "raw": saved.get("raw")}
-    _walk(plan, inputs, entry, results, segment=plan.segment, every=_KEPT)
+    _walk(plan, inputs, entry, results, segment=plan.segment, every=plans.KEPT)
     return out, last[:, :, -1], saved
 
 
@@ -324,12 +222,12 @@ def _walked_both_ways(
     ends, ends_spare = _room(plan.states_of(plan.tiles), spare, device)
     kept, kept_spare = _room(plan.states_of(plan.tiles), spare, device)
     shape = (plan.sources + 2, plan.batch, plan.groups, plan.states, padded)
-    tables, tables_spare = _room(shape, gradients.SLOTS * (padded + _TILE), device)
+    tables, tables_spare = _room(shape, gradients.SLOTS * (padded + plans.TILE), device)
     dA = torch.empty((plan.sources + 1, plan.spans * plan.batch, plan.states, plan.channels), device=device)
     prepared = _Prepared(kept, tables, dA)
 
     def prepare() -> None:
-        _walk(plan, inputs, saved["kept"], {"kept": kept}, segment=_KEPT, every=plan.tile)
+        _walk(plan, inputs, saved["kept"], {"kept": kept}, segment=plans.KEPT, every=plan.tile)
         _fill(plan, inputs, prepared, (ends_spare, kept_spare, tables_spare))
 
     return _side_by_side(lambda: _adjoint(plan, inputs, grad, final, saved, ends), prepare, device), prepared
@@ -375,7 +273,7 @@ def _gradients(
     kind = rows[0].dtype if all(t.dtype == rows[0].dtype for t in rows) else torch.float32
     like = [tensors[3], *(tensors[12 + 7 * i] for i in range(plan.sources)), tensors[4]]
     final = all(t.dtype == kind and t.shape[2] == plan.groups for t in like)  # sums over channels are what is wanted
-    streams, blocks = plan.sources + 1, math.ceil(plan.channels // plan.groups / _WARP)
+    streams, blocks = plan.sources + 1, math.ceil(plan.channels // plan.groups / plans.WARP)
     du, ddt = (torch.empty((streams, *grad.shape), dtype=kind, device=device) for _ in range(2))
     dgate = torch.empty((plan.sources, *grad.shape), dtype=kind, device=device)
     sums = torch.empty((streams + 1, blocks, *tables.shape[1:]), dtype=kind if final else torch.float32, device=device)
@@ -388,8 +286,8 @@ def _gradients(
         tokens, _strides(tokens), tables, inputs.A, inputs.bias, inputs.skip, prepared.kept, *passed,
         du, ddt, dgate, sums, dA, dchannel, plan.tokens, plan.channels, plan.states, tables.shape[-1],
         plan.channels // plan.groups, plan.groups, plan.span, plan.spans_back,
-        PASSED=plan.passed, HAS_Z=plan.gated, HAS_SKIP=plan.skip, M=plan.sources, BLOCK=_WARP, TILE=plan.tile,
-        SLOTS=gradients.SLOTS, WHOLE=plan.channels // plan.groups % _WARP == 0, **flags,
+        PASSED=plan.passed, HAS_Z=plan.gated, HAS_SKIP=plan.skip, M=plan.sources, BLOCK=plans.WARP, TILE=plan.tile,
+        SLOTS=gradients.SLOTS, WHOLE=plan.channels // plan.groups % plans.WARP == 0, **flags,
         num_warps=1, maxnreg=None if kind == torch.float32 else plan.limit,
     )  # fmt: skip
     rates, by_channel = torch.empty_like(dA[:, 0]), torch.empty_like(dchannel[:, 0])
@@ -542,7 +440,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Output [B, T, D] in u's dtype, final state and source states [B, D, N]; arguments as in the public function."""
     groups = math.lcm(B.shape[2], *(source.B.shape[2] for source in sources))
-    plan = _make_plan(
+    plan = plans.make_plan(
         u.shape, A.shape[1], groups, len(sources), processors(u.device),
         carried=site == "carried", softplus=dt_activation == "softplus", gated=z is not None, skip=D is not None,
     )  # fmt: skip
@@ -602,7 +500,7 @@ def _example(tokens: int, states: int, m: int, site: str, dtype: torch.dtype) ->
     for _ in range(m):
         flat += (*stream(), vector, empty(B, tokens, D), None)
     options = {"carried": site == "carried", "softplus": True, "gated": True, "skip": True}
-    return _make_plan(torch.Size((B, tokens, D)), states, 1, m, 132, **options), flat
+    return plans.make_plan(torch.Size((B, tokens, D)), states, 1, m, 132, **options), flat
 
 
 def sm90_cases() -> Iterator[Sm90Case]:
