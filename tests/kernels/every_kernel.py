@@ -89,6 +89,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         yield "decay attention, wide", partial(attention, 300, 1, 1, (130, 1030), constant[:1], start=True)
     for sources, site in ((0, "readout"), (1, "readout"), (1, "carried")):
         yield f"selective scan, {sources} sources, {site}", partial(scan, 13, 37, 5, sources, site)
+    if DEVICE == "cuda":
+        for sources, site in ((0, "readout"), (1, "readout"), (1, "carried")):
+            yield f"selective scan in segments, {sources} sources, {site}", partial(scan, 150, 37, 5, sources, site)
     for tokens, channels, width in ((37, 33, 4), (1, 70, 2)):
         yield f"convolution of {tokens} tokens", partial(convolution, tokens, channels, width)
     for gates, norm in (("none", True), ("shared", True), ("each", True), ("each", False)):
