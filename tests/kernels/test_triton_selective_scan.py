@@ -186,3 +186,13 @@ def test_pieces_equal_the_whole() -> None:
     torch.testing.assert_close(torch.cat([first.output, second.output], 1), whole.output, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(second.final_state, whole.final_state, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(second.source_states[0], whole.source_states[0], rtol=1e-5, atol=1e-5)
+
+
+def test_sums_over_channels_that_only_together_fit_float16() -> None:
+    """32 channels give B a gradient of 128000, and another 32 take as much away again."""
+    everywhere = {"dtype": torch.float16, "device": DEVICE}
+    b = torch.ones(1, 1, 1, 1, **everywhere, requires_grad=True)
+    rows, rates = torch.ones(1, 1, 64, **everywhere), -torch.ones(64, 1, device=DEVICE)
+    output = selective_scan(rows, rows, rates, b, b.detach(), dt_activation="none", impl="triton").output
+    output.backward(torch.tensor([4000.0, -3996.0], **everywhere).repeat_interleave(32).expand(1, 1, 64))
+    assert b.grad.item() == 32 * 4

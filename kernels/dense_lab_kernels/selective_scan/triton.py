@@ -272,7 +272,9 @@ def _gradients(
     rows = (*inputs.u, *inputs.dt, *inputs.gates)
     kind = rows[0].dtype if all(t.dtype == rows[0].dtype for t in rows) else torch.float32
     like = [tensors[3], *(tensors[12 + 7 * i] for i in range(plan.sources)), tensors[4]]
-    final = all(t.dtype == kind and t.shape[2] == plan.groups for t in like)  # sums over channels are what is wanted
+    # A program's sums over its channels are rounded to what is wanted where nothing follows but adding them up; not to
+    # float16, which a program's sum may exceed where the whole does not.
+    final = kind != torch.float16 and all(t.dtype == kind and t.shape[2] == plan.groups for t in like)
     streams, blocks = plan.sources + 1, math.ceil(plan.channels // plan.groups / plans.WARP)
     du, ddt = (torch.empty((streams, *grad.shape), dtype=kind, device=device) for _ in range(2))
     dgate = torch.empty((plan.sources, *grad.shape), dtype=kind, device=device)
