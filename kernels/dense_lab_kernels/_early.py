@@ -99,10 +99,17 @@ class _DriverToCome:
         return GPUTarget("cuda", 10 * major + minor, 32)
 
     def build(self) -> Any:
-        """Triton's own driver, which takes its place again."""
+        """Triton's own driver, which takes its place again unless somebody has put another one there.
+
+        Raises what Triton raises where there can be none, for lack of a C compiler say; Triton is then as it was before.
+        """
+        config, driver = triton.runtime.driver, None
         with self._building:
-            driver = triton.runtime.driver.default
-            triton.runtime.driver.set_active(driver)
+            try:
+                driver = config.default
+            finally:
+                if vars(config).get("_active") is self:
+                    config.set_active(driver)
         return driver
 
     def __getattr__(self, name: str) -> Any:

@@ -153,41 +153,75 @@ def test_launchers_are_built_once_and_never_in_the_way(monkeypatch: pytest.Monke
     assert len(built) == 1
 
 
-def test_the_driver_is_built_once_by_whoever_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
+class Config:
+    """Stands in for what holds Triton's driver."""
 
-    class Config:
-        def __init__(self) -> None:
-            self._active: Any = None
-            self._default: Any = None
+    def __init__(self) -> None:
+        self._active: Any = None
+        self._default: Any = None
+        self.made = 0
+        self.compilers = 1
 
-        @property
-        def default(self) -> Any:
-            if self._default is None:
-                made.append(1)
-                self._default = SimpleNamespace(utils="utils")
-            return self._default
+    @property
+    def default(self) -> Any:
+        if not self.compilers:
+            raise RuntimeError("no C compiler")
+        if self._default is None:
+            self.made += 1
+            self._default = SimpleNamespace(utils="utils")
+        return self._default
 
-        def set_active(self, driver: Any) -> None:
-            self._active = driver
+    def set_active(self, driver: Any) -> None:
+        self._active = driver
 
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> Config:
     config = Config()
     monkeypatch.setattr(triton.runtime, "driver", config)
     monkeypatch.setattr(triton.runtime.cache, "triton_key", lambda: "key", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    return config
+
+
+def begun(later: list[Any]) -> Any:
+    """The stand-in for the driver; what would build it is left in `later`."""
+    _early.begin(lambda work, *arguments: at_once(work, *arguments) if arguments else later.append(work))
+    return triton.runtime.driver._active
+
+
+def test_a_driver_that_cannot_be_built_leaves_triton_as_it_was(config: Config) -> None:
+    later: list[Any] = []
+    begun(later)
+    config.compilers = 0
+    with pytest.raises(RuntimeError, match="no C compiler"):
+        later[0]()
+    assert config._active is None
+
+
+def test_a_driver_that_another_has_put_there_stays(config: Config) -> None:
+    later: list[Any] = []
+    coming, other = begun(later), SimpleNamespace()
+    config.set_active(other)
+    later[0]()
+    assert coming.utils == "utils"
+    assert config._active is other
+
+
+def test_the_driver_is_built_once_by_whoever_comes_first(config: Config) -> None:
     later: list[Any] = []
     key = _early.begin(lambda work, *arguments: at_once(work, *arguments) if arguments else later.append(work))
     assert key is not None
     assert key.result() == "key"
     coming = config._active
     assert coming.get_current_target() == GPUTarget("cuda", 90, 32)
-    assert not made
+    assert not config.made
     threads = [threading.Thread(target=work) for work in (later[0], lambda: coming.utils, lambda: coming.utils)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert made == [1]
+    assert config.made == 1
     assert config._active is config._default
     assert coming.utils == "utils"
     _early.begin(at_once)
