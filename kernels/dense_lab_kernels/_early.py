@@ -101,7 +101,7 @@ class _DriverToCome:
     def build(self) -> Any:
         """Triton's own driver, which takes its place again unless somebody has put another one there.
 
-        Raises what Triton raises where there can be none, for lack of a C compiler say; Triton is then as it was before.
+        Raises what Triton raises where there can be none (without a C compiler, say); Triton is then as it was before.
         """
         config, driver = triton.runtime.driver, None
         with self._building:

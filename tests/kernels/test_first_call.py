@@ -160,11 +160,11 @@ class Config:
         self._active: Any = None
         self._default: Any = None
         self.made = 0
-        self.compilers = 1
+        self.compiler = True
 
     @property
     def default(self) -> Any:
-        if not self.compilers:
+        if not self.compiler:
             raise RuntimeError("no C compiler")
         if self._default is None:
             self.made += 1
@@ -193,7 +193,7 @@ def begun(later: list[Any]) -> Any:
 def test_a_driver_that_cannot_be_built_leaves_triton_as_it_was(config: Config) -> None:
     later: list[Any] = []
     begun(later)
-    config.compilers = 0
+    config.compiler = False
     with pytest.raises(RuntimeError, match="no C compiler"):
         later[0]()
     assert config._active is None

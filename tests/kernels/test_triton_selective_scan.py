@@ -9,6 +9,7 @@ import pytest
 import torch
 from accuracy import as_dtype, assert_as_accurate, run_with_gradients
 
+from dense_lab_kernels import compiling_ahead
 from dense_lab_kernels.selective_scan import selective_scan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -196,3 +197,28 @@ def test_sums_over_channels_that_only_together_fit_float16() -> None:
     output = selective_scan(rows, rows, rates, b, b.detach(), dt_activation="none", impl="triton").output
     output.backward(torch.tensor([4000.0, -3996.0], **everywhere).repeat_interleave(32).expand(1, 1, 64))
     assert b.grad.item() == 32 * 4
+
+
+def test_nothing_runs_while_kernels_are_compiled_ahead() -> None:
+    inputs = as_dtype(make((1, 3, 4, 2)), torch.float32)
+    inputs["u"].requires_grad_()
+    with compiling_ahead():
+        ahead = selective_scan(**inputs, impl="triton")
+    assert ahead.output.isnan().all()  # see `poisoned_empty`
+    found, expected = (selective_scan(**inputs, impl=impl).output for impl in ("triton", "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("m", "site"), [(0, "readout"), (1, "carried")])
+def test_a_graph_can_be_walked_back_twice(m: int, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that waits for the backward is written to, cut in segments or not; the order of sums is fixed."""
+    from dense_lab_kernels.selective_scan import triton_plan as plans
+
+    if INTERPRETED:
+        monkeypatch.setattr(plans, "KEPT", 8)
+    inputs = as_dtype(make((1, 12, 3, 1) if INTERPRETED else (2, 700, 40, 16), m=m), torch.float32)
+    leaves = [inputs[name].requires_grad_() for name in ("u", "dt", "A", "B", "C", "D", "z", "initial_state")]
+    found = selective_scan(**inputs, site=site, impl="triton")
+    total = found.output.square().sum() + found.final_state.sum()
+    first, second = (torch.autograd.grad(total, leaves, retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
