@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -24,10 +27,11 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 WIDE = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
 FLOAT32 = ("A", "D", "dt_bias")  # as training keeps them
+Shape = tuple[int, int, int, int]  # B, T, D, N
 
 
 def make(
-    shape: tuple[int, int, int, int] = (1, 11, 12, 3), *, groups: int = 1, m: int = 0, source_groups: int | None = None,
+    shape: Shape = (1, 11, 12, 3), *, groups: int = 1, m: int = 0, source_groups: int | None = None,
     softplus: bool = True, without: tuple[str, ...] = (), seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """float64 inputs for B, T, D, N = shape; decays from strong to almost none."""
@@ -86,8 +90,7 @@ def test_step_as_given(dtype: torch.dtype) -> None:
     check(make(softplus=False, without=("dt_bias",)), dtype, dt_activation="none")
 
 
-# B, T, D, N: one token, tokens and channels beside the tiles, one and many states. The interpreter takes 0.05 to 0.1 s
-# for a state of a tile.
+# One token, tokens and channels beside the tiles, one and many states. Interpreted: under 0.1 s for a state of a tile.
 INTERPRETED_ODD = [(2, 1, 5, 1), (1, 9, 33, 2), (1, 17, 32, 3), (1, 3, 4, 17)]
 ODD = [(2, 1, 5, 1), (1, 9, 33, 4), (1, 17, 3, 16), (1, 5, 4, 40), (1, 8, 2, 64)]
 LONG = [(2, 63, 40, 16), (1, 100, 64, 16), (1, 257, 96, 5), (2, 2048, 64, 16), (1, 300, 50, 128), (8, 130, 2048, 16)]
@@ -95,7 +98,7 @@ LONG = [(2, 63, 40, 16), (1, 100, 64, 16), (1, 257, 96, 5), (2, 2048, 64, 16), (
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize("shape", INTERPRETED_ODD if INTERPRETED else ODD + LONG, ids=str)
-def test_odd_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_odd_shapes(shape: Shape, dtype: torch.dtype) -> None:
     check(make(shape), dtype)
 
 
@@ -160,6 +163,30 @@ def test_spans_of_segments(m: int, forward: str, dtype: torch.dtype, monkeypatch
     check(make((1, 5 * kept // 2 - 3, 3, 2) if INTERPRETED else (2, 5 * kept // 2 - 3, 80, 16), m=m), dtype)
 
 
+@pytest.mark.parametrize("channels", [1, 32, 50, 2048])
+@pytest.mark.parametrize("sources", [0, 1, 2])
+def test_pieces_of_time_lie_within_each_other(channels: int, sources: int) -> None:
+    from dense_lab_kernels.selective_scan import triton_plan as plans
+
+    options = {"carried": sources > 1, "softplus": True, "gated": True, "skip": True}
+    sizes = [(1, 1, 132), (1, 16, 132), (3, 200, 132), (64, 16, 132), (2, 16, 7)]
+    for (batch, states, units), tokens in product(sizes, [1, 63, 64, 65, 1000, 4096, 100_000]):
+        plan = plans.make_plan(torch.Size((batch, tokens, channels)), states, 1, sources, units, **options)
+        plan.check()
+        assert plan.spans == 1 or plan.walks_back == math.ceil(plan.spans / plan.spans_back)
+
+
+@pytest.mark.parametrize("changes", [{"segment": 96}, {"span": 5, "back": 64}, {"back": 128}, {"tile": 5}], ids=str)
+def test_plans_whose_pieces_do_not_fit_are_refused(changes: dict[str, int]) -> None:
+    from dense_lab_kernels.selective_scan import triton_plan as plans
+
+    options = {"carried": True, "softplus": True, "gated": True, "skip": True}
+    plan = plans.make_plan(torch.Size((1, 1000, 64)), 16, 1, 1, 132, **options)
+    plan.check()
+    with pytest.raises(AssertionError):
+        plan._replace(**changes).check()
+
+
 def test_rows_of_a_wider_tensor() -> None:
     """u and z are often halves of one projection: strided rows are read where they are."""
     inputs = as_dtype(make((2, 9, 8, 2)), torch.float32)
@@ -222,3 +249,52 @@ def test_a_graph_can_be_walked_back_twice(m: int, site: str, monkeypatch: pytest
     total = found.output.square().sum() + found.final_state.sum()
     first, second = (torch.autograd.grad(total, leaves, retain_graph=True) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def training_step(shape: Shape, m: int) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """What computes output and gradients, always of the same numbers."""
+    inputs = as_dtype(make(shape, m=m), torch.bfloat16)
+    leaves = [inputs[name].requires_grad_() for name in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        output = selective_scan(**inputs, impl="triton").output
+        return output, *torch.autograd.grad(output.float().square().sum(), leaves)
+
+    return step
+
+
+ONLY_A_GPU = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no streams")
+WALKS = [((2, 130, 64, 16), 0), ((1, 1500, 64, 16), 0), ((1, 1500, 40, 16), 1)]  # whole, and cut in segments
+
+
+@ONLY_A_GPU
+@pytest.mark.parametrize(("shape", "m"), WALKS)
+def test_what_is_made_beside_is_waited_for(shape: Shape, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the stream beside starts late; memory that is given back meanwhile is not written to."""
+    from dense_lab_kernels.selective_scan import triton
+
+    step, late = training_step(shape, m), torch.cuda.Stream()
+    expected = step()
+    monkeypatch.setattr(triton, "_side_stream", lambda device: late)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(late):
+        torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second
+    found = step()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@ONLY_A_GPU
+@pytest.mark.parametrize(("shape", "m"), WALKS)
+def test_a_captured_step_gives_what_it_gives_when_called(shape: Shape, m: int) -> None:
+    step, warm = training_step(shape, m), torch.cuda.Stream()
+    expected = step()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        step()
+    torch.cuda.current_stream().wait_stream(warm)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    graph.replay()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -370,6 +370,7 @@ def _run_backward(
     grad: Tensor, finals: tuple[Tensor | None, ...],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the flat arguments, from those of the output and the final states."""
+    plan.check()
     final = _first_states(plan, list(finals), grad.device)
     (dz, passed, initial), prepared = _walked_both_ways(plan, inputs, grad, final, saved)
     du, ddt, dA, dB, dbias, dgate, (dC,), (dD,) = _gradients(plan, inputs, tensors, grad, passed, prepared)

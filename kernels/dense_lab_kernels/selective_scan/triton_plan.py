@@ -71,6 +71,18 @@ class Plan(NamedTuple):
         """Whether `gradients` adds to a tile what the segments behind its own pass on."""
         return self.walks_back > 1 and not self.coupled
 
+    def check(self) -> None:
+        """Fail where pieces of time do not lie within each other as the backward relies on; numbers would be wrong.
+
+        `make_plan` sees to it; a plan that was changed by hand may not.
+        """
+        assert KEPT % self.tile == 0, "kept states are restored at whole tiles"
+        assert self.segments == 1 or self.segment % KEPT == 0, "states are kept at whole segments"
+        whole = self.walks_back == 1 or self.back % (self.tile * self.span) == 0
+        assert whole, "a program of the gradients lies within one segment of the walk back"
+        same = self.walks_back == self.segments and (self.segments == 1 or self.back == self.segment)
+        assert same or not self.coupled, "coupled streams are walked back over the forward's segments"
+
     def states_of(self, pieces: int) -> tuple[int, ...]:
         return (self.sources + 1, self.batch, pieces, self.states, self.channels)
 
