@@ -236,7 +236,11 @@ def _walked_both_ways(
 
 
 def _side_by_side(work: Callable[[], Any], other: Callable[[], None], device: torch.device) -> Any:
-    """What `work` returns. On a GPU `other`, which allocates nothing, has a stream of its own beside it."""
+    """What `work` returns; `other` is done meanwhile, on a GPU in a stream of its own.
+
+    other: writes to memory that is there before this call and is kept until it returns, and reads nothing that `work`
+    makes. It is launched second: until then the host has nothing better to do than to give the slower one its start.
+    """
     if device.type != "cuda":
         other()
         return work()
@@ -263,6 +267,7 @@ def _fill(plan: Plan, inputs: _Inputs, prepared: _Prepared, zeros: tuple[Tensor,
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all, and made once: a captured step then finds it there, if a step was run before."""
     return torch.cuda.Stream(device)
 
 
@@ -274,8 +279,10 @@ def _gradients(
     rows = (*inputs.u, *inputs.dt, *inputs.gates)
     kind = rows[0].dtype if all(t.dtype == rows[0].dtype for t in rows) else torch.float32
     like = [tensors[3], *(tensors[12 + 7 * i] for i in range(plan.sources)), tensors[4]]
-    # A program's sums over its channels are rounded to what is wanted where nothing follows but adding them up; not to
-    # float16, which a program's sum may exceed where the whole does not.
+    # A program's sums over its channels are rounded to what is wanted where nothing follows but adding them up. Of n
+    # programs' sums that is sqrt(n) roundings, where the total is by chance sqrt(n) as large as one: what rounding the
+    # total costs, once more. (Sums that cancel to a tenth of that or less are off by more than `verify` allows.) Not to
+    # float16: one program's sum may be beyond its range where the total is not.
     final = kind != torch.float16 and all(t.dtype == kind and t.shape[2] == plan.groups for t in like)
     streams, blocks = plan.sources + 1, math.ceil(plan.channels // plan.groups / plans.WARP)
     du, ddt = (torch.empty((streams, *grad.shape), dtype=kind, device=device) for _ in range(2))
