@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,19 +30,26 @@ class Compilations:
             future.result()
 
 
+_under_way: list[bool] = []
+"""Whether garbage was collected when each of the present blocks began: false for all but the first."""
+_counting = threading.Lock()
+
+
 @contextmanager
 def _no_collections() -> Iterator[None]:
     """No search for garbage: each walks all of torch's objects, and together they are a tenth of what Triton's Python
     takes. Python 3.11 also fails ("AST constructor recursion depth mismatch") where one happens while a kernel's source
-    is parsed and lets another thread parse meanwhile.
+    is parsed and lets another thread parse meanwhile. Blocks of several threads may overlap: the last to end counts.
     """
-    enabled = gc.isenabled()
-    gc.disable()
+    with _counting:
+        _under_way.append(gc.isenabled())
+        gc.disable()
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        with _counting:
+            if _under_way.pop():
+                gc.enable()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from dense_lab_kernels import _early, _triton  # noqa: E402
+from dense_lab_kernels import _ahead, _early, _triton  # noqa: E402
 
 
 def at_once(work: Any, *arguments: Any) -> Future[Any]:
@@ -251,3 +251,13 @@ def test_every_launch_is_compiled_and_a_failure_is_raised(monkeypatch: pytest.Mo
         _triton.compile_once("broken", lambda: [_triton.Launch(Kernel("broken"), (), {})])
     assert gc.isenabled()
     assert _triton._compiled == {"fine"}
+
+
+def test_no_garbage_is_collected_until_the_last_thread_has_compiled() -> None:
+    first, second = _ahead.side_by_side(), _ahead.side_by_side()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
