@@ -159,6 +159,8 @@ def triton_verdict(operation: str, impl: str, device: torch.device, *args: Any, 
         interpreted = os.environ.get("TRITON_INTERPRET") == "1" and requested(operation, impl) == "triton"
         if not interpreted:
             return f"tensors are on {device.type}"
+    elif device.index != torch.cuda.current_device():
+        return f"tensors are on {device}, which is not the current GPU: call within torch.cuda.device({device.index})"
     name = f"dense_lab_kernels.{operation}.triton"
     try:
         module = sys.modules.get(name) or importlib.import_module(name)

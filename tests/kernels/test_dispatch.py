@@ -66,6 +66,12 @@ def test_without_numba_auto_goes_on_and_numba_by_name_is_an_error(monkeypatch: p
         dense_fuse(X, [X], impl="numba")
 
 
+def test_kernels_are_not_launched_beside_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    said = _dispatch.triton_verdict("rotate", "auto", torch.device("cuda:1"))
+    assert said == "tensors are on cuda:1, which is not the current GPU: call within torch.cuda.device(1)"
+
+
 def test_a_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "dense_lab_kernels.decay_attention.triton", None)
