@@ -222,6 +222,10 @@ def read_trial(folder: Path) -> TrialView | None:
 
 
 def _state(said: dict[str, Any], result: dict[str, Any]) -> tuple[State, str]:
+    own, other = said.get("digest"), result.get("tags", {}).get("spec")
+    if own and other and own != other:
+        # Files of two starts of a study, copied over each other: its numbers would pass as those of another trial.
+        return "failed", f"result.json is of the spec {other}, trial.json of {own}: two trials' files were mixed"
     if result.get("status") in FINISHED:
         return result["status"], result.get("reason", "")
     from dense_lab.search.owner import liveness

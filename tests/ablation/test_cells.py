@@ -7,7 +7,7 @@ import pytest
 from dense_lab.ablation import tuning
 from dense_lab.ablation.results import cells
 from dense_lab.errors import InputError
-from dense_lab.files import read_json
+from dense_lab.files import read_json, write_json
 from dense_lab.results import read_study
 from dense_lab.search.progress import arms
 from tests.ablation.studies import ARMS, study, train
@@ -160,6 +160,19 @@ def test_what_another_study_has_trained_is_taken_over(tmp_path):
         assert trial.tags["sharing"] == "2"
     other = run(tmp_path, ("tokens: 4k", "tokens: 5k"), text=SMALL, folder="third", reuse=(tmp_path / "first",)).results
     assert {t.role for t in other.trials if "reused_from" in t.tags} == {"tune"}
+
+
+def test_what_was_mixed_with_another_trial_is_a_failure_and_not_taken_over(tmp_path):
+    """As when what two machines wrote is copied into one folder."""
+    run(tmp_path, folder="first")
+    mixed = tmp_path / "first/trials/0000/result.json"
+    said = read_json(mixed)
+    write_json(mixed, {**said, "tags": {**said["tags"], "spec": "0" * 12}})
+    trial = read_study(tmp_path / "first").trials[0]
+    assert trial.state == "failed"
+    assert trial.reason.startswith(f"result.json is of the spec {'0' * 12}, trial.json of {trial.digest}: ")
+    results = run(tmp_path, folder="second", reuse=(tmp_path / "first",)).results
+    assert ["reused_from" in t.tags for t in results.trials] == [False] + [True] * 5
 
 
 def test_reuse_of_what_is_no_study(tmp_path):

@@ -285,6 +285,9 @@ def faster(spec, folder, **options):
         spec.model_copy(update={"train": spec.train.model_copy(update={"lr": 1.3 * spec.train.lr})}), folder, **options
     )
     write_json(folder / "spec.json", {**read_json(folder / "spec.json"), **spec.model_dump(mode="json")})
+    result = read_json(folder / "result.json")
+    tags = {**result["tags"], "spec": read_json(folder / "trial.json")["digest"]}
+    write_json(folder / "result.json", {**result, "tags": tags})
 
 
 def test_a_planted_change_of_real_runs_is_seen_and_an_honest_rerun_passes(tmp_path, here, monkeypatch):
