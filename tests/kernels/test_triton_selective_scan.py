@@ -237,7 +237,8 @@ def training_step(shape: Shape, m: int) -> Callable[[], tuple[torch.Tensor, ...]
 
     def step() -> tuple[torch.Tensor, ...]:
         output = selective_scan(**inputs, impl="triton").output
-        return output, *torch.autograd.grad(output.float().square().sum(), leaves)
+        # Detached: a graph that lives on keeps nodes of the stream it was made on, which captures must not meet.
+        return output.detach(), *torch.autograd.grad(output.float().square().sum(), leaves)
 
     return step
 

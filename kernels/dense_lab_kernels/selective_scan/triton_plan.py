@@ -112,7 +112,7 @@ def make_plan(shape: torch.Size, states: int, groups: int, sources: int, units: 
     spans = max(1, min(tiles, max(64, 512 // batch), math.ceil(160 * units / programs)))
     return Plan(
         batch, tokens, channels, states, padded, groups, sources, **options,
-        block=block, tile=tile, stages=4 if sources == 0 else 3, segment=segment, back=segment,
+        block=block, tile=tile, stages=4 if sources == 0 and segments == 1 else 3, segment=segment, back=segment,
         span=_span(tiles, spans, segment // tile if segments > 1 else tiles), limit={0: 128, 1: 168}.get(sources),
     )  # fmt: skip
 
