@@ -208,6 +208,13 @@ def _about_sizes(study: Study, rows: Sequence[Row]) -> Iterable[str]:
             f"sizes differ by {max(sizes) / min(sizes) - 1:.0%} ({human(min(sizes))} to {human(max(sizes))} without "
             f"embedding): a `budget` brings all to one"
         )
+    odd = [f"{row.name} ({row.width})" for row in rows if row.width % 8]
+    if 0 < len(odd) < len(rows):
+        named = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+        yield (
+            f"width is no multiple of 8: {named}, of others it is; on a GPU its matrix products are slower for that "
+            "alone (a quarter of a Mamba's speed at 404 instead of 400): compare speeds by `dense-lab overhead`"
+        )
     if study.ablation and (study.budget is None or study.budget.target != "flops_per_token"):
         limit = study.budget.flops_tolerance if study.budget else LOOSE
         own = next(row.flops_per_token for row in rows if row.name == study.ablation.baseline)

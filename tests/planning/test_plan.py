@@ -101,6 +101,8 @@ def test_untuned_and_unlike_arms_are_told(tmp_path: Path) -> None:
     text = "\n".join(line for line in lines if not line.startswith(("tune:", "budget:")))
     found = plan(study(tmp_path, text, [("arms.mamba", "{model.core: mamba, model.width: 16}")]), device="cpu")
     assert any(warning.startswith("sizes differ by") for warning in found.warnings)
+    found = plan(study(tmp_path, text, [("arms.mamba", "{model.core: mamba, model.width: 20}")]), device="cpu")
+    assert any(warning.startswith("width is no multiple of 8: mamba (20)") for warning in found.warnings)
     assert any(warning.startswith("no `tune`") for warning in found.warnings)
 
 
