@@ -121,8 +121,10 @@ def search(
 
 def _check_known(folder: Path, ledger: Ledger, url: str) -> None:
     """Raise InputError when `folder` holds trials that the ledger never heard of: it would number others like them."""
+    # Folders first: what a worker begins meanwhile, on this machine or another, is in the ledger before its folder is.
+    there = [int(trial.name) for trial in (folder / TRIALS).glob("[0-9]*") if trial.name.isdecimal()]
     known = len(ledger.trials())
-    unknown = [trial for trial in (folder / TRIALS).glob("[0-9]*") if trial.name.isdigit() and int(trial.name) >= known]
+    unknown = [number for number in there if number >= known]
     if unknown:
         raise InputError(
             f"{folder}: {masked(url)} knows of {counted(known, 'trial')}, {TRIALS}/ holds {len(unknown)} more: the "

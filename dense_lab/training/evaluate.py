@@ -19,7 +19,7 @@ def evaluate(
     """`<split>/loss`, nats per scored position, and `<split>/accuracy` where the corpus asks for it.
 
     The accuracy is the mean over examples of each example's mean over its scored positions (zoology's metric). Where
-    the corpus names the tasks of its batches there is a `<split>/accuracy/<task>` of each.
+    the corpus names the tasks of its batches there is a `<split>/accuracy_<task>` of each. Nothing to score is nan.
     """
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=place.device)
@@ -42,8 +42,9 @@ def evaluate(
     found = {f"{split}/loss": loss.item() / scored if scored else math.nan}
     if corpus.scores_accuracy:
         shares = {task: torch.cat(parts).double() for task, parts in right.items()}
-        found[f"{split}/accuracy"] = torch.cat(list(shares.values())).mean().item()
-        found |= {f"{split}/accuracy/{task}": share.mean().item() for task, share in shares.items() if task}
+        found[f"{split}/accuracy"] = torch.cat(list(shares.values())).mean().item() if shares else math.nan
+        # No slash: MLflow's stores of files keep a metric as a file, which cannot be the folder of others as well.
+        found |= {f"{split}/accuracy_{task}": share.mean().item() for task, share in shares.items() if task}
     return found
 
 

@@ -9,6 +9,7 @@ from dense_lab.errors import InputError, MachineError
 from dense_lab.files import read_json, write_json
 from dense_lab.results import read_study
 from dense_lab.search import ledger as book
+from dense_lab.search.engine import _check_known
 from dense_lab.search.owner import this_process
 from dense_lab.urls import masked
 from tests.search.fakes import calls, stored, train
@@ -38,6 +39,17 @@ def test_trials_that_a_lost_database_knew_are_not_taken_for_others(tmp_path):
     again = Here(space, tmp_path / "s", train, reuse=[tmp_path / "old"])
     assert again.run().results.complete
     assert calls(again.folder) == []
+
+
+def test_a_trial_that_is_begun_meanwhile_is_no_sign_of_a_lost_database(tmp_path):
+    class Busy:
+        """Whose next trial another machine takes, and makes the folder of, as soon as this one has been told of all."""
+
+        def trials(self):
+            (tmp_path / "trials" / "0000").mkdir(parents=True)
+            return []
+
+    _check_known(tmp_path, Busy(), "postgresql://host/base")
 
 
 def test_values_told_are_those_of_the_files(tmp_path):

@@ -142,7 +142,7 @@ def test_accuracy_of_several_sizes_is_their_mean(small: Small, tmp_path: Path) -
     tests = [{"seq_len": 16, "pairs": 2}, {"seq_len": 32, "pairs": 4}]
     data = {"kind": "mqar", "seq_len": 16, "pairs": 2, "vocab": 64, "tests": tests}
     metrics = train(small({"data": data}), tmp_path / "run", **CPU).metrics
-    parts = [metrics[f"test/accuracy/{task}"] for task in ("16-2", "32-4")]
+    parts = [metrics[f"test/accuracy_{task}"] for task in ("16-2", "32-4")]
     assert metrics["test/accuracy"] == pytest.approx(sum(parts) / 2, abs=1e-12)
 
 

@@ -6,7 +6,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from dense_lab.errors import InputError
 from dense_lab.modules import CoreModule
 from dense_lab.study import RunSpec, TrainSpec
 from dense_lab.training.device import Place
-from dense_lab.training.evaluate import example_accuracy
+from dense_lab.training.evaluate import evaluate, example_accuracy
 from dense_lab.training.optimizer import build_optimizer, undecayed
 from dense_lab.training.record import Recorder
 from dense_lab.training.schedule import learning_rate, plan
@@ -170,6 +172,12 @@ def test_pieces_of_a_batch_give_the_gradient_of_the_whole(micro_size: int) -> No
     assert norm_in_pieces == pytest.approx(norm, rel=1e-6)
     for ours, theirs in zip(changes_in_pieces, changes, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 * norm)
+
+
+def test_a_split_without_batches_has_no_accuracy() -> None:
+    corpus = SimpleNamespace(eval_batches=lambda *_: iter(()), scores_accuracy=True)
+    found = evaluate(torch.nn.Identity(), corpus, "test", 4, 0, CPU)
+    assert found == {"test/loss": pytest.approx(nan, nan_ok=True), "test/accuracy": pytest.approx(nan, nan_ok=True)}
 
 
 def test_accuracy_is_the_reference_metric() -> None:
