@@ -95,7 +95,7 @@ def test_equals_the_reference_with_small_tiles(
 HEADS = [(2, 2, 128, 128), (2, 2, 100, 72), (1, 4, 128, 64), (1, 1, 384, 1030), (2, 4, 24, 40)]  # G, H, K, V
 DECAYS = ["constant", "per token"]
 RULE_CASES = [(heads, tokens, decay, torch.bfloat16) for heads in HEADS for tokens in (100, 257) for decay in DECAYS]
-RULE_CASES += [((1, 4, 128, 64), tokens, decay, torch.bfloat16) for tokens in (1, 63, 1000) for decay in DECAYS]
+RULE_CASES += [((1, 4, 128, 64), tokens, decay, torch.bfloat16) for tokens in (1, 63, 1000, 2048) for decay in DECAYS]
 RULE_CASES += [
     (heads, 257, decay, dtype) for heads in HEADS[1:3] for decay in DECAYS for dtype in (torch.float16, torch.float32)
 ]
