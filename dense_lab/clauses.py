@@ -16,6 +16,7 @@ FEWEST_SEEDS = 3
 TUNED = ("lr", "weight_decay")
 """Keys of `train` in which arms may differ if all were tuned alike."""
 NOWHERE = ", whose code is in no commit: whether it stayed the same is not recorded"
+ELSEWHERE = ", whose code is in no commit; the source of dense-lab and of its plugins stayed the same"
 """Said of runs outside of a git repository, or of one with changes."""
 ROUNDING = ("checkpoints", "micro_batch_tokens")
 """Keys of `train` that change a result by rounding at most."""
@@ -32,7 +33,7 @@ class Clause(NamedTuple):
     def measured(self) -> bool:
         """Whether the detail belongs into the certificate's line: a figure, or code that nobody can look up."""
         named = self.name in ("seeds", *(name for name, _ in SIZES.values()))
-        return named or (self.name == "code" and self.detail.endswith(NOWHERE))
+        return named or (self.name == "code" and self.detail.endswith((NOWHERE, ELSEWHERE)))
 
 
 def seeds(record: Record) -> list[Clause]:
@@ -175,7 +176,8 @@ def code(record: Record) -> list[Clause]:
     wrong = _unlike("commit", _tagged(record, "commit")) + _unlike("torch", _tagged(record, "torch"))
     wrong += _one_each("plugin", record, "plugins") + _one_each("source", record, "code")
     commit = record.all[0].tags.get("commit", "")
-    lookup = NOWHERE if commit.endswith("-dirty") or commit == "unknown" else ""
+    lookup = ELSEWHERE if all(trial.tags.get("code") for trial in record.all) else NOWHERE
+    lookup = lookup if commit.endswith("-dirty") or commit == "unknown" else ""
     return [_clause("code", wrong, f"commit {commit[:12]}{lookup}")]
 
 

@@ -5,6 +5,7 @@ A model that reads the next token, or other rows of its batch, trains without co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -46,6 +47,10 @@ def look(models: Iterable[ModelSpec], registry: Registry) -> list[str]:
 
 _ALIKE = {"width", "depth", "head", "norm_eps", "dropout", "init"}
 """Keys of a model that change nothing of what its components read."""
+_WRONG = (TypeError, AttributeError, NameError, LookupError)
+"""What no other device and no longer sequence puts right."""
+_SHAPES = re.compile("size of tensor|[Ss]izes of tensors|shapes? .*cannot|must match|is invalid for input")
+"""What torch says of shapes that do not fit."""
 _known: dict[tuple[frozenset[tuple[type, str]], str], str] = {}
 """Why a combination could not be tried; of those that this process has been through."""
 
@@ -57,9 +62,14 @@ def _tried(model: ModelSpec, strangers: Sequence[Component], registry: Registry)
     except InputError:
         raise
     # The isolation boundary: what a stranger's module cannot do here it may be able to on the training device.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         names = ", ".join(_named(part, registry) for part in strangers)
         said = " ".join(str(error).split())
+        if isinstance(error, _WRONG) or (isinstance(error, RuntimeError) and _SHAPES.search(said)):
+            raise InputError(
+                f"{names}: a few tokens through a model with it, on the CPU, raised {type(error).__name__}: {said}. "
+                f"Every trial would fail; `dense_lab.testing` has tests that a component inherits, and that show where"
+            ) from error
         return f"{names}: not tried for leaks, since on the CPU it raised {type(error).__name__}: {said}"
     seen = {what: far for what, far in found.items() if not far <= TOLERANCE}
     if not seen:

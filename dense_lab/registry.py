@@ -254,6 +254,8 @@ def _load_one(registry: Registry, plugin: Plugin, load_module: Callable[[], Modu
         manager.check_pending()
         if not hasattr(module, "register_components"):
             raise InputError("it has no hook 'register_components'")
+        if not manager.get_hookcallers(module):
+            raise InputError("its 'register_components' is not marked as a hook: put `@hookimpl` above it")
         with registry.registering(plugin) as register:
             manager.hook.register_components(register=register)
     # The isolation boundary: whatever a stranger's module does at import, the command line stays usable.

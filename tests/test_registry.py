@@ -33,6 +33,7 @@ BROKEN = {
     "thief": (GOOD.format(kind="recent"), "'recent' is claimed by thief ? and by builtin"),
     "nameless": (GOOD.format(kind="x").replace('    kind: Literal["x"] = "x"\n', ""), "is no component"),
     "hookless": ("x = 1", "no hook 'register_components'"),
+    "unmarked": (GOOD.format(kind="mine").replace("@hookimpl", ""), "put `@hookimpl` above it"),
     "syntax": ("def", "SyntaxError"),
     "quits": ("raise SystemExit(3)", "SystemExit: 3"),
 }

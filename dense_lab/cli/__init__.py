@@ -82,7 +82,7 @@ class _Commands(click.Group):
 def group(plugins: tuple[Path, ...]) -> None:
     """Architecture search and ablation of dense hidden connections in state-space language models.
 
-    Exit codes: 0 ok, 1 a run failed, 2 bad input, 3 something is wrong with the machine.
+    Exit codes: 0 ok, 1 a run failed, 2 bad input, 3 something is wrong with the machine, 130 stopped.
     """
     log = logging.getLogger("dense_lab")
     if not any(isinstance(handler, _Notices) for handler in log.handlers):

@@ -52,9 +52,12 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """1 when every trial that finished has failed, else 0."""
+        """130 when it was stopped; 1 when every trial that finished has failed, or any cell of an ablation; else 0."""
         finished = self.results.having("complete", "pruned", "failed")
-        return int(bool(finished) and all(trial.state == "failed" for trial in finished))
+        failed = [trial for trial in finished if trial.state == "failed"]
+        if self.stopped:
+            return 130
+        return int(bool(failed) and (len(failed) == len(finished) or any(trial.role == "cell" for trial in failed)))
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,8 @@ class _Search:
             manifest.update(self.folder, tuned=self.plan.choices(self.ledger))
         message = self._message(before, trained, stopped=stopped, exhausted=exhausted)
         results = read_study(self.folder, storage=self.job.url)
+        if failed := len(results.having("failed")):
+            message += f"; {failed} of them failed"
         return Outcome(results, trained, stopped, message, missing)
 
     def _message(self, before: int, trained: int, *, stopped: bool, exhausted: bool) -> str:

@@ -170,6 +170,11 @@ def test_code_that_is_in_no_commit_is_told(study: Path, commit: str) -> None:
             change(path, (("tags", "commit"), commit))
     assert judged(study).fair
     assert f"; commit {commit[:12]}, whose code is in no commit" in judged(study).line()
+    assert "; the source of dense-lab and of its plugins stayed the same" in judged(study).line()
+    for arm in ARMS:
+        for path in every(study, arm, "result.json"):
+            change(path, (("tags", "code"), ""))
+    assert "whether it stayed the same is not recorded" in judged(study).line()
 
 
 def test_tokens(study: Path) -> None:

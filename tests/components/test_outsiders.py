@@ -109,6 +109,11 @@ def test_what_cannot_be_tried_is_said_and_not_refused(odd: Registry, how: str, w
     assert said.endswith(f"not tried for leaks, since on the CPU it raised {why}")
 
 
+def test_what_cannot_run_at_all_is_refused(odd: Registry) -> None:
+    with pytest.raises(InputError, match=r"core 'odd' of odd.py.*raised RuntimeError: .*Every trial would fail"):
+        look([model(odd, {"kind": "odd", "how": "shape"})], odd)
+
+
 def test_built_in_components_alone_are_not_tried(odd: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dense_lab.outsiders._leaks", None)
     assert look([model(odd)], odd) == []

@@ -1,6 +1,7 @@
 """What counts, what is a copy, what is run again: a worker in this process, a trainer that costs nothing."""
 
 import sqlite3
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -117,6 +118,8 @@ def test_failures_do_not_stop_a_study(tmp_path):
     broken = next(t for t in outcome.results.trials if t.params["seed"] == "14")
     assert "a component is broken" in (broken.folder / "traceback.txt").read_text()
     assert outcome.exit_code == 0
+    assert outcome.message.endswith(f"; {len(outcome.results.having('failed'))} of them failed")
+    assert replace(outcome, stopped=True).exit_code == 130
 
 
 def test_a_study_in_which_everything_failed_says_so(tmp_path):
