@@ -71,6 +71,11 @@ def command(
     options.look_at_outsiders(loaded)
     options.judge_kernels((loaded.point(point) for point in loaded.covering()), device, allow)
     folder = runs / loaded.name
+    if (folder / "manifest.json").exists():
+        from dense_lab.search.changed import changed
+
+        for text in changed(folder):
+            click.secho(f"warning: {text}", fg="yellow", err=True)
     go = functools.partial(
         search,
         loaded,

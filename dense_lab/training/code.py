@@ -50,11 +50,12 @@ def code(spec: RunSpec) -> str:
     modules = [inspect.getmodule(library) for library in registries.default().kernels]
     names = {__name__, *(module.__name__ for module in modules if module)}
     names |= {type(component).__module__ for component in components_of(spec)}
-    return ",".join(f"{package}={_digest(package)}" for package in sorted({name.partition(".")[0] for name in names}))
+    return ",".join(f"{package}={digest(package)}" for package in sorted({name.partition(".")[0] for name in names}))
 
 
 @functools.cache
-def _digest(package: str) -> str:
+def digest(package: str) -> str:
+    """First 8 hex digits of the sha256 over the Python sources of an imported package, or `unknown`."""
     module = sys.modules[package]
     place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
     if place is None:  # of a notebook, or of a prompt

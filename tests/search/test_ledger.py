@@ -10,8 +10,10 @@ from dense_lab.errors import InputError, MachineError
 from dense_lab.files import read_json, write_json
 from dense_lab.results import read_study
 from dense_lab.search import ledger as book
+from dense_lab.search.changed import changed
 from dense_lab.search.engine import _check_known
 from dense_lab.search.owner import this_process
+from dense_lab.training import code
 from dense_lab.urls import masked
 from tests.search.fakes import calls, stored, train
 from tests.search.helpers import CONTINUOUS, SIX, Here, study
@@ -51,6 +53,17 @@ def test_a_trial_that_is_begun_meanwhile_is_no_sign_of_a_lost_database(tmp_path)
             return []
 
     _check_known(tmp_path, Busy(), "postgresql://host/base")
+
+
+def test_code_that_changed_since_is_told(tmp_path):
+    here = Here(study(tmp_path, CONTINUOUS, "trials: 3"), tmp_path / "s", train)
+    here.run()
+    now = code.digest("dense_lab")
+    for number, was in enumerate((now, "00000000", "00000000")):
+        file = here.folder / f"trials/{number:04d}/result.json"
+        write_json(file, {**read_json(file), "tags": {**read_json(file)["tags"], "code": f"dense_lab={was},gone=1"}})
+    (said,) = changed(here.folder)
+    assert said.startswith(f"the source of dense_lab is {now} now; 2 of 3 finished trials were trained with 00000000")
 
 
 def test_values_told_are_those_of_the_files(tmp_path):

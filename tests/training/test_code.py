@@ -25,7 +25,7 @@ ODD = Path(__file__).parents[1] / "components" / "odd.py"
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     """As in a process of its own."""
-    for remembered in (code.commit_in, code.release, code._digest):
+    for remembered in (code.commit_in, code.release, code.digest):
         remembered.cache_clear()
 
 
@@ -51,7 +51,7 @@ def test_a_run_outside_of_a_repository_says_which_code_it_called(
 
 def test_a_changed_file_of_a_stranger_shows_and_nothing_else_does(tmp_path: Path) -> None:
     def found(text: str) -> dict[str, str]:
-        code._digest.cache_clear()
+        code.digest.cache_clear()
         file = tmp_path / "odd.py"
         file.write_text(text)
         loaded = registry.load((file,), (registry.BUILTIN,))
@@ -86,8 +86,8 @@ def test_what_a_loose_plugin_imports_from_its_folder_belongs_to_it(
     registry.load((tmp_path / "beside.py",), (registry.BUILTIN,))
 
     def digest() -> str:
-        code._digest.cache_clear()
-        return code._digest("dense_lab_loose_beside")
+        code.digest.cache_clear()
+        return code.digest("dense_lab_loose_beside")
 
     changed = set()
     for name in files:
@@ -97,15 +97,15 @@ def test_what_a_loose_plugin_imports_from_its_folder_belongs_to_it(
         changed |= {name} if digest() != before else set()
     assert changed == set(list(files)[:5])
     # A component may be defined in the other file as well.
-    before = code._digest("helps_beside")
+    before = code.digest("helps_beside")
     (tmp_path / "lasts_beside.py").write_text("no Python (")
-    code._digest.cache_clear()
-    assert code._digest("helps_beside") != before
+    code.digest.cache_clear()
+    assert code.digest("helps_beside") != before
 
 
 def test_what_was_typed_at_a_prompt_has_no_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "typed", ModuleType("typed"))
-    assert code._digest("typed") == "unknown"
+    assert code.digest("typed") == "unknown"
 
 
 def test_the_digest_does_not_depend_on_the_place_and_is_soon_there(
@@ -114,7 +114,7 @@ def test_the_digest_does_not_depend_on_the_place_and_is_soon_there(
     digests(RunSpec())
     times, found = [], []
     for _ in range(5):
-        code._digest.cache_clear()
+        code.digest.cache_clear()
         start = time.perf_counter()
         found.append(digests(RunSpec())["dense_lab"])
         times.append(time.perf_counter() - start)
@@ -122,7 +122,7 @@ def test_the_digest_does_not_depend_on_the_place_and_is_soon_there(
     copy = tmp_path / "elsewhere" / "dense_lab"
     shutil.copytree(Path(code.__file__).parents[1], copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setitem(sys.modules, "copied", SimpleNamespace(__file__=str(copy / "__init__.py")))
-    assert {code._digest("copied")} == set(found)
+    assert {code.digest("copied")} == set(found)
 
 
 def test_the_commit_is_that_of_a_checkout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
