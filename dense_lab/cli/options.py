@@ -163,15 +163,44 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, default=str))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> None:
-    """A table; columns named in `right` are right-aligned."""
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    right: Sequence[str] = (),
+    spare: Sequence[str] = (),
+) -> None:
+    """A table; columns named in `right` are right-aligned and hold numbers, which are not broken.
+
+    Where that is too wide for the terminal, the columns in `spare` are left out, the first one first, and named below.
+    """
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
-    console().print(table)
+    texts = [[str(cell) for cell in row] for row in rows]
+    least = {name: _least(name, [row[i] for row in texts], right) for i, name in enumerate(columns)}
+    wide, left_out = console(), list[str]()
+    for name in spare:
+        if sum(least[kept] + 3 for kept in columns if kept not in left_out) + 4 > wide.width and name in least:
+            left_out.append(name)
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    for name in columns:
+        if name not in left_out:
+            justify: Literal["left", "right"] = "right" if name in right else "left"
+            table.add_column(name, justify=justify, overflow="fold", min_width=least[name])
+    for row in texts:
+        table.add_row(*(escape(cell) for name, cell in zip(columns, row, strict=True) if name not in left_out))
+    wide.print(table)
+    if left_out:
+        wide.print(f"too narrow for: {', '.join(left_out)}", style="dim", markup=False)
+
+
+_LONG = 20
+"""Words of more characters may be broken, but for numbers."""
+
+
+def _least(name: str, cells: Sequence[str], right: Sequence[str]) -> int:
+    """Width below which a number would be broken, or a word that is no path."""
+    longest = max((len(word) for text in (name, *cells) for word in text.split()), default=1)
+    return longest if name in right else min(longest, _LONG)

@@ -61,6 +61,10 @@ def _as_dict(one: Section) -> dict[str, object]:
     return {**said, "comparison": comparison.as_json() if comparison else None}
 
 
+SPARE = ("shows from", "d_z", "p", "peak memory, bytes", "FLOPs/token", "tokens/s")
+"""Columns that a narrow terminal does without; the files have them."""
+
+
 def _print(table: Table) -> None:
     from rich.markup import escape
 
@@ -70,6 +74,6 @@ def _print(table: Table) -> None:
         return escape(one.text) + "".join(f" ({mark})" for mark in one.marks)
 
     rows = [[text(cell(value)) for value in row] for row in table.rows]
-    options.print_table(table.title, table.columns, rows, right=table.columns[table.left :])
+    options.print_table(table.title, table.columns, rows, right=table.columns[table.left :], spare=SPARE)
     for mark, said in table.footnotes:
         options.console().print(f"({mark}) {said}", markup=False)

@@ -88,10 +88,12 @@ def command(
         reuse=[options.study_folder(other, runs) for other in reuse],
         max_seeds=max_seeds if until == "decided" else None,
     )
-    _run(go, loaded, folder, workers, as_json)
+    _run(go, loaded, folder, workers, reuse, as_json)
 
 
-def _run(go: Callable[..., Outcome], study: Study, folder: Path, workers: int, as_json: bool) -> None:
+def _run(
+    go: Callable[..., Outcome], study: Study, folder: Path, workers: int, reuse: tuple[Path, ...], as_json: bool
+) -> None:
     from dense_lab.cli.live import Display
     from dense_lab.units import counted
 
@@ -101,6 +103,9 @@ def _run(go: Callable[..., Outcome], study: Study, folder: Path, workers: int, a
     with Display(console, study.search.objective[0].metric) as display:
         outcome = go(on_progress=None if as_json else display.update)
     _tell(outcome, folder, as_json)
+    if reuse and not as_json:
+        taken = sum("reused_from" in trial.tags for trial in outcome.results.trials)
+        console.print(f"--reuse: {taken} of {counted(len(outcome.results.trials), 'trial')} taken over")
     if outcome.exit_code:
         raise click.exceptions.Exit(outcome.exit_code)
 

@@ -123,6 +123,6 @@ def print_leaderboard(results: StudyResults, top: int) -> None:
         for place, trial in enumerate(results.ranked()[:top], 1)
     ]
     if rows:
-        options.print_table("", columns, rows, right=columns[:-1])
+        options.print_table("", columns, rows, right=columns[:-1], spare=extra)
     if (number := len(results.ranked())) > len(rows):
         options.console().print(f"the best {len(rows)} of {number} complete trials")

@@ -197,7 +197,7 @@ def test_a_narrow_terminal_gets_fewer_columns(tmp_path: Path, monkeypatch: pytes
     head = next(line for line in text.splitlines() if "FLOPs" in line)
     assert head.split() == ["arm", "width", "size", "FLOPs", "state", "runs", "time"]
     assert max(map(len, text.splitlines())) <= 80
-    rows = [line.split() for line in text.splitlines() if line.startswith((" plain ", " dense ", " mamba "))]
+    rows = [line.split() for line in text.splitlines() if line.startswith(("  plain ", "  dense ", "  mamba "))]
     assert [len(row) for row in rows] == [8, 8, 8]  # The time has a unit.
 
 

@@ -47,3 +47,21 @@ def test_show_and_plan_expect_the_same_time(tmp_path: Path, monkeypatch: pytest.
     times = [re.search(r"tokens(?: in all: roughly|;) ([\d.]+ \w+)", text) for text in said]
     assert None not in times
     assert len({found[1] for found in times if found}) == 1
+
+
+def test_numbers_of_a_table_are_not_broken_and_spare_columns_go(monkeypatch, capsys):
+    from rich.console import Console
+
+    from dense_lab.cli import options
+
+    columns, row = (
+        ("arm", "mean", "p", "difference", "verdict"),
+        ("plain", "2.6216", "0.782", "[-0.0689, +0.0484]", "none"),
+    )
+    for width, names in ((80, columns), (46, ("arm", "mean", "difference", "verdict"))):
+        monkeypatch.setattr(options, "console", lambda width=width: Console(highlight=False, width=width))
+        options.print_table("", columns, [row], right=columns[1:], spare=("p",))
+        said = capsys.readouterr().out
+        assert said.split()[: len(names)] == list(names)
+        assert {"2.6216", "[-0.0689,", "+0.0484]", "none"} <= set(said.split())
+        assert ("too narrow for: p" in said) == (width == 46)
