@@ -47,6 +47,8 @@ def look(models: Iterable[ModelSpec], registry: Registry) -> list[str]:
 
 _ALIKE = {"width", "depth", "head", "norm_eps", "dropout", "init"}
 """Keys of a model that change nothing of what its components read."""
+_FEW = 8
+"""Tokens that every training sequence has."""
 _WRONG = (TypeError, AttributeError, NameError, LookupError)
 """What no other device and no longer sequence puts right."""
 _SHAPES = re.compile("size of tensor|[Ss]izes of tensors|shapes? .*cannot|must match|is invalid for input")
@@ -65,9 +67,9 @@ def _tried(model: ModelSpec, strangers: Sequence[Component], registry: Registry)
     except Exception as error:
         names = ", ".join(_named(part, registry) for part in strangers)
         said = " ".join(str(error).split())
-        if isinstance(error, _WRONG) or (isinstance(error, RuntimeError) and _SHAPES.search(said)):
+        if _is_wrong(error) and _fails_at_once(model, registry):
             raise InputError(
-                f"{names}: a few tokens through a model with it, on the CPU, raised {type(error).__name__}: {said}. "
+                f"{names}: {_FEW} tokens through a model with it, on the CPU, raised {type(error).__name__}: {said}. "
                 f"Every trial would fail; `dense_lab.testing` has tests that a component inherits, and that show where"
             ) from error
         return f"{names}: not tried for leaks, since on the CPU it raised {type(error).__name__}: {said}"
@@ -83,6 +85,23 @@ def _tried(model: ModelSpec, strangers: Sequence[Component], registry: Registry)
         f"largest output. What is trained so sees what it is to predict, and its loss means nothing. "
         f"`dense_lab.testing` has tests that a component inherits, and that show where"
     )
+
+
+def _is_wrong(error: Exception) -> bool:
+    return isinstance(error, _WRONG) or (isinstance(error, RuntimeError) and bool(_SHAPES.search(str(error))))
+
+
+def _fails_at_once(model: ModelSpec, registry: Registry) -> bool:
+    """Whether a few tokens are too many; what is made for a length of its own may fail on long passes alone."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            module = seeded(_shortened(model).build(_VOCABULARY), dtype=torch.float32)
+            module.kernels = _references(registry)
+            _logits(module, _FEW)(_all)
+    # The isolation boundary: the same stranger as before.
+    except Exception as error:  # noqa: BLE001
+        return _is_wrong(error)
+    return False
 
 
 def _leaks(model: ModelSpec, registry: Registry) -> dict[str, float]:
